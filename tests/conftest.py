@@ -1,0 +1,25 @@
+"""What all tests share: the path of the scripts, and one small copy of the embedded default."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """goemotions/, unhealthy/ and models/{mistral,phi,neox,t5}/, written by tests/tiny.py without pretraining."""
+    import tiny
+
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny.write_corpora(directory, 0, "mini")
+    for architecture in ("mistral", "phi", "neox", "t5"):
+        tiny.write_model(directory / "models" / architecture, architecture)
+    return directory
