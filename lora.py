@@ -1,0 +1,558 @@
+"""Everything that is added to a base model: NF4 loading, LoRA, heads, and adapters on disk.
+
+Source: LoRA (Hu et al. 2021), QLoRA (Dettmers et al. 2023), section VI-C of the paper: the base in 4-bit
+NormalFloat, LoRA on all linear layers but the very last one, which is a new full layer (CLS) or the LM head
+in full precision (LM). The base is built without memory; its safetensors are streamed in, tensor by tensor.
+Modules have transformers' names (...ForSequenceClassification, ...ForCausalLM), so adapters are peft's files.
+
+    python lora.py MODEL [--family cls|lm] [--quantize nf4|none]      prints the modules and what trains
+
+Does not train (train.py) and does not know prompts or data.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import logging
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
+from transformers.utils import cached_file
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for kernels we do not need
+import bitsandbytes.functional as bnb  # noqa: E402
+from bitsandbytes import matmul_4bit  # noqa: E402
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C [choice.T5], billion parameters)
+    "mistral": ("mistralai/Mistral-7B-Instruct-v0.2", "fp16", 7.2),
+    "phi-2": ("microsoft/phi-2", "bf16", 2.8),
+    "stablelm": ("stabilityai/stablelm-tuned-alpha-3b", "fp16", 3.6),
+    "flan-t5": ("google/flan-t5-xl", "bf16", 2.8),
+}
+SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a machine without a GPU can train
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", id)  # glibc keeps what is freed; elsewhere a no-op
+NOT_IN_MODULES = (  # tensors of older checkpoints that are computed, or stored once more
+    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
+
+
+# ---- NF4 (QLoRA section 3) ----
+
+
+class NF4Linear(nn.Module):
+    """x W^T + b, the frozen W in 4-bit NormalFloat and its scales quantized once more (double quantization).
+
+    Source: QLoRA, equations 5 and 6. W is dequantized for each product, and again in backward.
+    Shapes: x (..., D_in) -> (..., D_out), in the dtype of x.
+    """
+
+    weight = None  # T5 casts the input of `wo` to the dtype of its weight, if there is one
+
+    def __init__(self, weight, bias, device):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        packed, self.state = bnb.quantize_4bit(  # [nf4.5]
+            weight.to(device), blocksize=64, compress_statistics=True, quant_type="nf4")
+        self.register_buffer("packed", packed, persistent=False)
+        self.bias = bias
+
+    def forward(self, x):
+        return matmul_4bit(x, self.packed.t(), quant_state=self.state, bias=self.bias)  # [nf4.6]
+
+    def dequantize(self):
+        """W (D_out, D_in) in the compute dtype."""
+        return bnb.dequantize_4bit(self.packed, self.state)
+
+
+# ---- LoRA layer (LoRA eq. 3) ----
+
+
+def dropout(x, p):
+    """x with a share p of its entries 0, to the nearest 65,536th, and the rest scaled up to keep the mean.
+
+    On a CPU 16 random bits decide on an entry, four entries a number: 2 to 4 times as fast as F.dropout.
+    """
+    if x.is_cuda:
+        return F.dropout(x, p)
+    cut = min(round(p * 65536), 65535)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = bits[: x.numel()].view(x.shape) >= cut - 32768
+    return x * keep.to(x.dtype).mul_(65536 / (65536 - cut))
+
+
+class SharedDropout(nn.Module):
+    """Dropout for all layers of one parent: those that read the same tensor (q, k, v; gate, up) get one mask.
+
+    Each of them alone sees ordinary dropout; the mask is drawn once.
+    """
+
+    def __init__(self, p, parent):
+        super().__init__()
+        self.p, self.source, self.dropped = p, None, None
+        parent.register_forward_hook(self.release, always_call=True)
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        if self.source is not x:
+            self.source, self.dropped = x, dropout(x, self.p)
+        return self.dropped
+
+    def release(self, *_):
+        """Forgets the tensors when the parent is done: they live no longer than autograd needs them."""
+        self.source = self.dropped = None
+
+
+class LoRALinear(nn.Module):
+    """h = W0 x + (alpha / r) B A x, with W0 frozen.
+
+    Source: LoRA (Hu et al. 2021), equation 3; the factor alpha / r from its section 4.1.
+    Shapes: x (..., D_in) -> (..., D_out); lora_A (r, D_in); lora_B (D_out, r), both in fp32.
+    """
+
+    weight = None  # as in NF4Linear
+
+    def __init__(self, base, r, lora_alpha, dropout, device):
+        super().__init__()
+        self.base = base
+        self.scaling = lora_alpha / r
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # B A = 0 at the start
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        h = self.base(rows)
+        z = F.linear(self.dropout(x).reshape(rows.shape), self.lora_A.to(x.dtype))
+        h.addmm_(z, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # [lora.3], in place
+        return h.view(*x.shape[:-1], -1)
+
+
+def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, name="the model"):
+    """Freezes the base and puts a LoRALinear around its linear layers; returns the names of their last parts.
+
+    All linear layers but the last are taken [choice.T3], or those whose name ends in one of target_modules.
+    If model.last_layer_trains, the last one becomes an fp32 copy that trains, not tied to the embeddings.
+    Raises: ValueError if r or lora_dropout is out of range or a target matches no linear layer.
+    """
+    if r < 1 or not 0 <= lora_dropout < 1:
+        raise ValueError(f"--lora_r {r} must be at least 1, --lora_dropout {lora_dropout} from 0 to below 1")
+    model.requires_grad_(False)
+    linear = {key: module for key, module in model.named_modules()
+              if isinstance(module, (nn.Linear, NF4Linear)) and key.split(".")[0] not in model.last_layer}
+    present = {key.split(".")[-1] for key in linear}
+    targets = set(target_modules or present)
+    if not targets or (missing := sorted(targets - present)):
+        what = f"--target_modules {missing} match no" if targets else "there is no"
+        raise ValueError(f"{what} linear layer of {name}; it has {sorted(present)}")
+    device, dropouts = next(model.parameters()).device, {}
+    for key, module in linear.items():
+        parent, _, child = key.rpartition(".")
+        if child in targets:
+            if parent not in dropouts:
+                dropouts[parent] = SharedDropout(lora_dropout, model.get_submodule(parent))
+            model.set_submodule(key, LoRALinear(module, r, lora_alpha, dropouts[parent], device))
+    for key in model.last_layer if model.last_layer_trains else ():
+        last = copy.deepcopy(model.get_submodule(key)).float().requires_grad_(True)
+        last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        model.set_submodule(key, last)
+    return sorted(targets)
+
+
+# ---- Heads, by the names of transformers ----
+
+
+def decoder_states(backbone, input_ids, prefix=0):
+    """Last hidden states of right-padded prompts: a causal model never looks right, so no mask is needed.
+
+    The first `prefix` tokens, if they are the same in all rows, are run once with gradient, as one row.
+    Shapes: input_ids (B, T) -> (B, T - prefix, D).
+    """
+    if not prefix:
+        return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    cache = backbone(input_ids=input_ids[:1, :prefix], use_cache=True).past_key_values
+    for layer in cache.layers:  # autograd sums the gradients of the rows
+        layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
+        layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+    return backbone(input_ids=input_ids[:, prefix:], past_key_values=cache, use_cache=True).last_hidden_state
+
+
+class LastTokenClassifier(nn.Module):
+    """logits = W h at the last real token of the prompt: a new linear layer on a decoder.
+
+    Source: section IV-B. Names and bias as transformers' MistralForSequenceClassification.
+    Shapes: input_ids (B, T) padded on the right; lengths (B,) -> logits (B, L) in fp32.
+    """
+
+    last_layer, last_layer_trains, shares_prefix = ("score",), True, True
+
+    def __init__(self, backbone, config, n_labels, device):
+        super().__init__()
+        self.config, self.base_model_prefix = config, backbone.base_model_prefix
+        setattr(self, self.base_model_prefix, backbone)
+        self.score = nn.Linear(config.hidden_size, n_labels, bias=False, device=device)
+        nn.init.normal_(self.score.weight, std=config.initializer_range)
+
+    def forward(self, input_ids, lengths, prefix=0):
+        states = decoder_states(getattr(self, self.base_model_prefix), input_ids, prefix)
+        rows = torch.arange(len(states), device=states.device)
+        return self.score(states[rows, lengths - 1 - prefix].float())  # [cls.head], never by the pad id
+
+
+class T5Classifier(nn.Module):
+    """logits = W2 tanh(W1 h + b1) + b2 at the last token of T5's decoder, which reads the prompt too.
+
+    Source: T5ForSequenceClassification of transformers: the decoder's input is the encoder's, shifted right.
+    Shapes: input_ids (B, T) padded on the right; lengths (B,) -> logits (B, L) in fp32.
+    """
+
+    last_layer, last_layer_trains, shares_prefix = ("classification_head",), True, False
+
+    def __init__(self, backbone, config, n_labels, device):
+        super().__init__()
+        self.config, self.transformer = config, backbone
+        self.classification_head = nn.ModuleDict({
+            "dense": nn.Linear(config.d_model, config.d_model, device=device),
+            "out_proj": nn.Linear(config.d_model, n_labels, device=device)})
+        for layer in self.classification_head.values():
+            nn.init.normal_(layer.weight, std=config.d_model**-0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, input_ids, lengths, prefix=0):
+        shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        states = self.transformer(input_ids=input_ids, attention_mask=real_tokens(input_ids, lengths),
+                                  decoder_input_ids=shifted, use_cache=False).last_hidden_state
+        h = states[torch.arange(len(states), device=states.device), lengths - 1].float()
+        for name, activation in (("dense", torch.tanh), ("out_proj", nn.Identity())):  # [cls.t5]
+            h = F.dropout(h, self.config.classifier_dropout, self.training)
+            h = activation(self.classification_head[name](h))
+        return h
+
+
+def real_tokens(input_ids, lengths):
+    """Attention mask (B, T) of right-padded rows: 1 where a token is real."""
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]).long()
+
+
+def response_logits(model, input_ids, lengths, rows, columns, response_ids=None, prefix=0):
+    """Logits at the given positions only: of a decoder's sequence, or of T5's response.
+
+    Shapes: input_ids (B, T), a decoder's prompt and response or T5's prompt; lengths (B,) of it; response_ids
+    (B, R), T5's response; rows and columns (K,): the K tokens that are predicted -> logits (K, V) in fp32.
+    """
+    if not model.config.is_encoder_decoder:
+        states = decoder_states(getattr(model, model.base_model_prefix), input_ids, prefix)
+        states = states[rows, columns - 1 - prefix]  # a token is predicted by the one before it
+    else:
+        shifted = F.pad(response_ids[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+        mask = real_tokens(input_ids, lengths)
+        encoded = model.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        states = model.decoder(input_ids=shifted, encoder_hidden_states=encoded, encoder_attention_mask=mask,
+                               use_cache=False).last_hidden_state[rows, columns]
+        if model.config.scale_decoder_outputs:  # only where the head is the embedding
+            states = states * model.config.d_model**-0.5
+    return model.get_output_embeddings()(states).float()
+
+
+# ---- The streaming loader ----
+
+
+def hub_id(model):
+    """The hub id of a short name of MODELS; a hub id or a directory stays what it is."""
+    return MODELS[model][0] if model in MODELS else str(model)
+
+
+def from_hub(auto, model, revision=None):
+    """The config or tokenizer of a model. Raises: FileNotFoundError if there is none."""
+    try:
+        return auto.from_pretrained(hub_id(model), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise FileNotFoundError(
+            f"--model {model}: {auto.__name__} finds nothing that it knows in the directory or on the hub "
+            f"({reason}); give one of {sorted(MODELS)}, a hub id or a directory") from None
+
+
+def load_tokenizer(model_name, revision=None):
+    """The model's tokenizer."""
+    return from_hub(AutoTokenizer, model_name, revision)
+
+
+def checkpoint_files(model, revision=None):
+    """Paths of the model's safetensors, downloaded if need be.
+
+    Raises: FileNotFoundError if there are none; pickled weights (.bin) are never loaded.
+    """
+    hub = hub_id(model)
+
+    def find(name):
+        return cached_file(hub, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    shards = ["model.safetensors"]
+    if index := find("model.safetensors.index.json"):
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = [find(shard) for shard in shards]
+    if None not in files:
+        return files
+    bins = find("pytorch_model.bin") or find("pytorch_model.bin.index.json")
+    lack = "has only pickled weights (.bin), which can run code" if bins else "is not whole"
+    raise FileNotFoundError(
+        f"--model {model} lacks {shards[files.index(None)]} and {lack}; save it as safetensors first: "
+        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR), then --model DIR")
+
+
+def stored_tensors(path):
+    """Yields (name, tensor) of a safetensors file, opened anew for each: what was read leaves the memory.
+
+    Raises: ValueError if the file is truncated or broken.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); restore it") from None
+
+
+def place_tensor(model, key, tensor, quantize, dtype, device):
+    """Puts one tensor of the checkpoint into its module, a linear layer's weight quantized on the way."""
+    parent, _, leaf = key.rpartition(".")
+    module = model.get_submodule(parent)
+    if tensor.shape != (expected := getattr(module, leaf).shape):
+        raise ValueError(f"{key} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(expected)}")
+    if quantize and leaf == "weight" and isinstance(module, nn.Linear):
+        model.set_submodule(parent, NF4Linear(tensor.to(dtype), module.bias, device))
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+
+
+def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="cpu", revision=None):
+    """Returns the frozen base with its checkpoint's weights: the backbone for `cls`, with LM head otherwise.
+
+    Host memory stays within a few tensors of what the model itself takes.
+    Raises: FileNotFoundError; ValueError if model, machine and checkpoint do not fit each other.
+    """
+    config = from_hub(AutoConfig, model_name, revision)
+    kind, t5 = config.model_type, config.model_type == "t5"
+    decoder = kind in CAUSAL_LMS and kind not in MASKED_LMS and not config.is_encoder_decoder
+    if not t5 and not decoder:
+        raise ValueError(f"--model {model_name} is of type {kind}; use a decoder-only model or a T5")
+    check_dtype(t5, dtype)
+    with torch.device("meta"):
+        auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
+        model = auto.from_config(config).eval()
+    check_fits(model, model_name, quantize, dtype, device)
+    for module in model.modules():  # buffers are computed, not stored: rotary frequencies
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for leaf, buffer in module.named_buffers(recurse=False):
+                setattr(module, leaf, torch.empty_like(buffer, device=device))
+            model._init_weights(module)
+
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    head = next((key for key, module in model.named_modules() if output and module is output), None)
+    wanted, found = {key for key, _ in model.named_parameters()} | {f"{head}.weight"}, set()
+    prefix = model.base_model_prefix + "."
+    for file in checkpoint_files(model_name, revision):
+        for stored, tensor in stored_tensors(file):
+            key = stored.replace("embed_out.", "lm_head.")  # GPT-NeoX
+            key = next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in wanted), key)
+            if key in wanted:
+                place_tensor(model, key, tensor, quantize == "nf4" and key != f"{head}.weight", dtype, device)
+                found.add(key)
+                malloc_trim(0)
+            elif not (key.endswith(NOT_IN_MODULES) or family == "cls" and key.startswith("lm_head.")):
+                raise ValueError(f"{file} has {stored}, a tensor that {type(model).__name__} does not have")
+    model.set_input_embeddings(embeddings)  # T5: the encoder's and the decoder's are the shared one
+    if head and f"{head}.weight" not in found and config.tie_word_embeddings:
+        output.weight = embeddings.weight
+    if missing := sorted(key for key, parameter in model.named_parameters() if parameter.is_meta):
+        raise ValueError(f"the checkpoint of {model_name} lacks {len(missing)} tensors, such as {missing[0]}")
+    model.last_layer, model.last_layer_trains = ((head,) if head else ()), False
+    model.shares_prefix = not config.is_encoder_decoder
+    return model.requires_grad_(False)
+
+
+def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float32, device="cpu",
+                revision=None):
+    """Returns the model of a method's family: base and, for `cls`, its new head."""
+    base = load_base(model_name, family, quantize, dtype, device, revision)
+    if family != "cls":
+        return base
+    head = T5Classifier if base.config.model_type == "t5" else LastTokenClassifier
+    return head(base, base.config, n_labels, device).eval()
+
+
+def check_dtype(t5, dtype):
+    if t5 and dtype == torch.float16:
+        raise ValueError("T5 overflows in fp16; use --dtype bf16 or fp32")  # [choice.T5]
+
+
+def check_by_name(name, dtype, device):
+    """Raises ValueError, before anything is downloaded, for a model that this machine is no match for."""
+    check_dtype(name == "flan-t5", DTYPES.get(dtype))
+    if name in MODELS and torch.device(device).type == "cpu":
+        raise ValueError(f"--model {name} has {MODELS[name][2]} billion parameters and this machine "
+                         f"has no GPU: use one, or a smaller model, such as --model {SMALL_MODEL}")
+
+
+def check_fits(model, name, quantize, dtype, device):
+    """Raises ValueError if this machine's memory cannot hold the weights; the model is still on meta."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    total = sum(p.numel() for p in model.parameters())
+    size = torch.finfo(dtype).bits / 8
+    need = (total - linear) * size + linear * (0.52 if quantize == "nf4" else size)  # 4 bits and the scales
+    if torch.device(device).type == "cuda":
+        have, where = torch.cuda.get_device_properties(device).total_memory, "this GPU"
+    else:
+        have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    if need > 0.95 * have:
+        raise ValueError(f"--model {name} has {total / 1e9:.1f} billion parameters ({need / 1e9:.1f} GB) but "
+                         f"{where} has {have / 1e9:.0f} GB: use a smaller one, such as --model {SMALL_MODEL}")
+
+
+# ---- Adapters on disk, in peft's format ----
+
+
+def adapter_state(model):
+    """{peft's name: tensor} of all that trains, the head included (peft#577: a head that was not saved)."""
+    return {f"base_model.model.{name}{'.weight' if name.endswith(('lora_A', 'lora_B')) else ''}": p.detach()
+            for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path) and renames: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, target_modules, family):
+    """Writes adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them."""
+    lm_task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if family == "cls" else lm_task, "inference_mode": True,
+        "base_model_name_or_path": hub_id(base_model), "target_modules": sorted(target_modules), "r": r,
+        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": "none",
+        "modules_to_save": list(model.last_layer) if model.last_layer_trains else None,
+    }
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    write_atomically(Path(directory, "adapter_model.safetensors"), lambda path: save_file(state, path))
+    text = json.dumps(config, indent=1)
+    write_atomically(Path(directory, "adapter_config.json"), lambda path: path.write_text(text))
+
+
+def load_adapter(model, directory):
+    """Fills the trainable parameters from adapter_model.safetensors, ours or peft's.
+
+    Raises: FileNotFoundError; ValueError if the file is broken or its tensors are not exactly the model's.
+    """
+    path = Path(directory, "adapter_model.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; train first, or give the directory of a finished run")
+    stored, own = dict(stored_tensors(path)), adapter_state(model)
+    if missing := sorted(own.keys() - stored.keys()):
+        raise ValueError(f"{path} lacks {len(missing)} of {len(own)} tensors, such as {missing[0]}")
+    if extra := sorted(stored.keys() - own.keys()):
+        raise ValueError(f"{path} has {len(extra)} tensors that the model lacks, such as {extra[0]}")
+    for name in own:
+        if (found := tuple(stored[name].shape)) != (expected := tuple(own[name].shape)):
+            raise ValueError(f"{path}: {name} has shape {found}, not {expected}")
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
+@torch.no_grad()
+def merge(model):
+    """Puts one nn.Linear of W0 + (alpha / r) B A, dequantized, in the place of every LoRALinear."""
+    for key, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            base = module.base
+            weight = base.dequantize() if isinstance(base, NF4Linear) else base.weight
+            merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+            update = module.scaling * module.lora_B @ module.lora_A
+            merged.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+            merged.bias = base.bias
+            model.set_submodule(key, merged)
+    return model
+
+
+# ---- What is what ----
+
+
+def count_parameters(model):
+    """Returns (parameters of the base, of them quantized, trainable ones), counted truly [choice.T10]."""
+    quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return frozen + quantized, quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def describe(model):
+    """Yields lines: each module that stores weights, how, and what trains; then the counts."""
+    for name, module in model.named_modules():
+        own, nf4 = list(module.parameters(recurse=False)), isinstance(module, NF4Linear)
+        if own or nf4:
+            kind = "nf4" if nf4 else str(own[0].dtype).removeprefix("torch.")
+            trainable = sum(p.numel() for p in own if p.requires_grad)
+            train = f"{trainable:,} train" if trainable else "frozen"
+            yield f"{name:<70}{type(module).__name__:<16}{kind:<10}{train}"
+    total, quantized, trainable = count_parameters(model)
+    yield (f"{total:,} parameters in the base, {quantized:,} of them in NF4; {trainable:,} train "
+           f"({100 * trainable / (total + trainable):.3f}%)")
+
+
+def add_arguments(parser):
+    """The flags of the model and its adapter."""
+    authors = "(default: %(default)s, the authors' config)"
+    parser.add_argument("--revision", help="branch, tag or commit of a hub model (default: main)")
+    parser.add_argument("--quantize", choices=("nf4", "none"), default="nf4", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: the paper's for its models, else bf16)")
+    parser.add_argument("--lora_r", type=int, default=2, help=f"rank {authors}")
+    parser.add_argument("--lora_alpha", type=float, default=32, help=f"scale of the update times r {authors}")
+    parser.add_argument("--lora_dropout", type=float, default=0.05, help=f"share of dropped inputs {authors}")
+    parser.add_argument("--target_modules", nargs="+", help="(default: all linear layers but the last)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print modules and what trains.", allow_abbrev=False)
+    parser.add_argument("model", help=f"{', '.join(MODELS)}, a hub id or a directory")
+    parser.add_argument("--family", choices=("cls", "lm"), default="cls", help="(default: %(default)s)")
+    parser.add_argument("--n_labels", type=int, default=28, help="(default: %(default)s)")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    dtype = args.dtype or MODELS.get(args.model, (0, "bf16"))[1]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        check_by_name(args.model, dtype, device)
+        model = build_model(args.model, args.family, args.n_labels, args.quantize, DTYPES[dtype], device,
+                            args.revision)
+        add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules, args.model)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(describe(model)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
