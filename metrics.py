@@ -1,0 +1,420 @@
+"""The numbers: F1-macro and its companions, thresholds, intervals, baselines, gain, Tables I-III, figures.
+
+Source: "Personalized Large Language Models" (arXiv 2402.09269), section VII, and the rows of the audit.
+Arrays are numpy: N annotations, L labels; F1 is 0 to 1, and in percent in the tables.
+
+    python metrics.py tables runs/paper [--figures]      of the finished runs below a directory
+
+A finished run is a directory with config.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
+run may hold baselines_test.json, {one of AUDITED: metrics}. Does not predict (infer.py) or read a corpus.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+DATASETS = ("goemotions", "unhealthy")
+PAPER = {  # model -> method -> F1-macro in percent on each of DATASETS: Tables I, II and III
+    "phi-2": {"lm": (28.99, 34.97), "lmp": (32.87, 45.89), "cls": (30.03, 31.91), "clsp": (43.07, 48.26)},
+    "stablelm": {"lm": (26.55, 29.61), "lmp": (31.72, 48.54), "cls": (27.42, 16.92), "clsp": (41.44, 44.68)},
+    "mistral": {"lm": (28.36, 34.29), "lmp": (34.52, 51.65), "cls": (26.77, 23.10), "clsp": (43.94, 52.83),
+                "q0s": (22.20, 18.90), "q1s": (17.91, 26.12), "q2s": (20.52, 23.21)},
+    "flan-t5": {"cls": (32.64, 38.57), "clsp": (45.68, 59.42),
+                "q0s": (17.97, 14.11), "q1s": (17.79, 12.81), "q2s": (17.87, 12.68)},
+    "gpt-3.5-turbo": {"q0s": (23.33, 21.51), "q1s": (22.58, 23.11), "q2s": (22.33, 25.49)},
+    "gpt-4": {"q0s": (26.74, 24.94), "q1s": (26.82, 27.29), "q2s": (26.64, 30.57)},
+}
+TABLES = {  # table -> (the paper's rows, its columns)
+    "I": (("phi-2", "stablelm", "mistral"), ("lm", "lmp", "cls", "clsp")),
+    "II": (("flan-t5", "mistral", "gpt-3.5-turbo", "gpt-4"), ("q0s", "q1s", "q2s", "lmp")),
+    "III": (("flan-t5", "mistral"), ("cls", "clsp")),
+}
+BASELINE_OF = {"lmp": "lm", "clsp": "cls", "q1s": "q0s", "q2s": "q0s"}  # its gain is over the other
+
+
+def gain(personalised, baseline):
+    """(personalised - baseline) / baseline x 100%, over a baseline above 0. Source: section VII."""
+    return (personalised - baseline) / baseline * 100  # [metric.gain]
+
+
+# ---- Measures, and the auditor's baselines ----
+
+
+def sum_by_group(values, index, n_groups):
+    """The sum of the rows of each group. Shapes: values (N, ...), index (N,) int -> (n_groups, ...) float."""
+    sums = np.zeros((n_groups, *values.shape[1:]))
+    np.add.at(sums, index, values)
+    return sums
+
+
+def count(gold, predicted, index=0, n_groups=1):
+    """True positives, false positives, false negatives: gold, predicted (N, L), index (N,) -> (G, 3, L)."""
+    outcomes = np.stack([gold & predicted, ~gold & predicted, gold & ~predicted], axis=1)
+    return sum_by_group(outcomes, np.broadcast_to(index, len(gold)), n_groups)
+
+
+def f1_from_counts(counts):
+    """F1 = 2 TP / (2 TP + FP + FN). Shapes: counts (..., 3, L) -> (..., L)."""
+    true, false, missed = (counts[..., k, :] for k in range(3))
+    # A label absent on both sides counts 0, as with sklearn's zero_division=0: [choice.E4]
+    return 2 * true / np.maximum(2 * true + false + missed, 1)
+
+
+def f1_per_label(gold, predicted):
+    """F1 of each label, (L,)."""
+    return f1_from_counts(count(gold, predicted))[0]
+
+
+def f1_macro(gold, predicted):
+    """The mean of the labels' F1: the paper's measure."""
+    return float(f1_per_label(gold, predicted).mean())  # [metric.F1]
+
+
+def f1_micro(gold, predicted, index=0, n_groups=1):
+    """F1 of all labels' decisions together, per group. A user meets few labels, so it is also theirs."""
+    return f1_from_counts(count(gold, predicted, index, n_groups).sum(axis=2, keepdims=True))[:, 0]
+
+
+def _cuts(gold, scores):
+    """All cuts of one label's scores, from the top: (lowest score above, annotations above, of them gold)."""
+    order = np.argsort(-scores, kind="stable")
+    scores, true_positives = scores[order].astype(np.float64), np.cumsum(gold[order])
+    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # equal scores stay on one side
+    return scores[last], last + 1, true_positives[last]
+
+
+def tune_thresholds(gold, scores):
+    """The threshold of each label that maximises its F1, where predicted = scores >= threshold.
+
+    It lies halfway between two scores; of equally good ones the highest is taken. A label that never occurs
+    keeps 0.5. To be tuned on validation. Shapes: gold (N, L) bool, scores (N, L) -> (L,).
+    """
+    thresholds = np.full(gold.shape[1], 0.5)
+    for label in np.flatnonzero(gold.any(axis=0)):
+        cut, n_predicted, true_positives = _cuts(gold[:, label], scores[:, label])
+        best = np.argmax(2 * true_positives / (n_predicted + true_positives[-1]))
+        thresholds[label] = np.append(cut, 0.0)[best:best + 2].mean()
+    return thresholds
+
+
+def mean_average_precision(gold, scores):
+    """The mean over labels that occur of sum_k (R_k - R_(k-1)) P_k, sklearn's average_precision_score."""
+    precisions = []
+    for label in np.flatnonzero(gold.any(axis=0)):
+        _, n_predicted, true_positives = _cuts(gold[:, label], scores[:, label])
+        recall_steps = np.diff(true_positives, prepend=0) / true_positives[-1]
+        precisions.append(recall_steps @ (true_positives / n_predicted))
+    return float(np.mean(precisions)) if precisions else 0.0
+
+
+def log_loss(gold, scores, epsilon=1e-7):
+    """Mean binary cross-entropy over annotations and labels, in nats, of scores clipped by epsilon."""
+    scores = np.clip(scores.astype(np.float64), epsilon, 1 - epsilon)
+    return float(-np.log(np.where(gold, scores, 1 - scores)).mean())
+
+
+def resample_f1(counts, resamples=1000, seed=0):
+    """F1-macro of each bootstrap resample of the texts: annotations of one text are not independent.
+
+    The draws depend on `seed` and n_texts only, so two calls over the same texts are paired: their `gain` is
+    resampled as one quantity. Shapes: counts (n_texts, 3, L) -> (resamples,).
+    """
+    counts, n_texts = counts.astype(np.float32), len(counts)  # sums are exact up to 2^24
+    generator, samples = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        times = np.bincount(generator.integers(n_texts, size=n_texts), minlength=n_texts)
+        samples.append(f1_from_counts(np.einsum("t,tcl->cl", times.astype(np.float32), counts)).mean())
+    return np.array(samples)
+
+
+def always_all(n_annotations, n_labels):
+    """Every label for every annotation, (N, L) bool."""
+    return np.ones((n_annotations, n_labels), bool)
+
+
+def user_frequencies(train_labels, train_user_index, test_user_index, n_users, smoothing=10.0):
+    """Scores (N_test, L): how often each user chose each label, smoothed by as many annotations of all."""
+    chosen = sum_by_group(train_labels, train_user_index, n_users) + smoothing * train_labels.mean(axis=0)
+    return (chosen / (np.bincount(train_user_index, minlength=n_users)[:, None] + smoothing))[test_user_index]
+
+
+def fit_user_bias(logits, labels, user_index, n_users, l2=1.0):
+    """The bias b of each user and label that minimises sum BCE(sigmoid(logits + b), labels) + l2 / 2 b^2.
+
+    Newton's method for all biases at once; l2 is above 0, and users without annotations get 0.
+    Shapes: logits, labels (N, L), user_index (N,) -> (n_users, L).
+    """
+    bias = np.zeros((n_users, logits.shape[1]))
+    for _ in range(500):  # about 8 are needed
+        probabilities = 0.5 + 0.5 * np.tanh(0.5 * (logits + bias[user_index]))
+        slope = sum_by_group(labels - probabilities, user_index, n_users) - l2 * bias
+        curvature = sum_by_group(probabilities * (1 - probabilities), user_index, n_users) + l2
+        step = np.clip(slope / curvature, -1, 1)  # within 1 the curvature changes e-fold at most: converges
+        bias += step
+        if np.abs(step).max() < 1e-8:
+            break
+    return bias
+
+
+# ---- A predictions file, evaluated ----
+
+
+def read_predictions(path):
+    """The rows of a predictions_SPLIT.jsonl, in order. Raises: ValueError, FileNotFoundError."""
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def to_arrays(rows, label_names):
+    """Rows as gold, predicted (N, L) bool, scores (N, L) or None, text_index, user_index (N,) into the sorted
+    text_ids, user_ids. Raises: ValueError for no rows, an unknown label, or what is no probability.
+    """
+    if not rows:
+        raise ValueError("there is no prediction")
+    if unknown := {name for row in rows for name in (*row["gold"], *row["predicted"])} - set(label_names):
+        raise ValueError(f"{sorted(unknown)} are not among the labels {list(label_names)}")
+    gold, predicted = (np.array([[name in row[key] for name in label_names] for row in rows])
+                       for key in ("gold", "predicted"))
+    scores = np.array([row["scores"] for row in rows]) if "scores" in rows[0] else None
+    if scores is not None and not (scores.shape == gold.shape and ((scores >= 0) & (scores <= 1)).all()):
+        raise ValueError(f"scores are not {len(label_names)} probabilities")
+    text_ids, text_index = np.unique([str(row["text_id"]) for row in rows], return_inverse=True)
+    user_ids, user_index = np.unique([str(row["user_id"]) for row in rows], return_inverse=True)
+    return SimpleNamespace(gold=gold, predicted=predicted, scores=scores, text_ids=text_ids,
+                           text_index=text_index, user_ids=user_ids, user_index=user_index)
+
+
+def evaluate(rows, label_names, thresholds=None, unseen_users=()):
+    """What metrics_SPLIT.json holds, from the rows of predictions_SPLIT.jsonl.
+
+    Thresholds (L,) are tuned on validation. With unseen_users, the ids of those held out of training, all of
+    it stands again under "seen" and "unseen".
+    """
+    data = to_arrays(rows, label_names)
+    per_user = f1_micro(data.gold, data.predicted, data.user_index, len(data.user_ids))
+    result = {
+        "labels": list(label_names), "n_annotations": len(rows),
+        "n_texts": len(data.text_ids), "n_users": len(data.user_ids),
+        "f1_macro": f1_macro(data.gold, data.predicted),
+        "f1_micro": float(f1_micro(data.gold, data.predicted)[0]),
+        "f1_per_label": dict(zip(label_names, f1_per_label(data.gold, data.predicted).tolist())),
+        "f1_per_user": dict(zip(data.user_ids.tolist(), per_user.tolist())),
+        "f1_user_mean": float(per_user.mean()),
+        "f1_user_quantiles": {f"{q}%": float(np.percentile(per_user, q)) for q in (5, 25, 50, 75, 95)},
+    }
+    if data.scores is not None:
+        result["mean_average_precision"] = mean_average_precision(data.gold, data.scores)
+        result["log_loss"] = log_loss(data.gold, data.scores)
+        if thresholds is not None:
+            tuned = data.scores >= np.asarray(thresholds)  # beside the paper's 0.5: [choice.E1]
+            result |= {"f1_macro_tuned": f1_macro(data.gold, tuned), "thresholds": [*map(float, thresholds)]}
+    elif all("response" in row for row in rows):
+        lost = sum(len(row.get("not_understood", ())) for row in rows)
+        result["share_not_understood"] = lost / max(1, lost + int(data.predicted.sum()))
+        result["share_empty_answers"] = sum(not (row["response"] or "").strip() for row in rows) / len(rows)
+    unseen = {str(user) for user in unseen_users or ()}
+    for part in ("seen", "unseen") if unseen else ():
+        if own := [row for row in rows if (str(row["user_id"]) in unseen) == (part == "unseen")]:
+            result[part] = evaluate(own, label_names, thresholds)
+    return result
+
+
+# ---- Finished runs ----
+
+NOT_RECIPE = {"seed", "out", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run", "max_cost"}
+
+
+def load_run(directory):
+    """A finished run and its baselines, which have no data. Raises: ValueError, KeyError, TypeError."""
+    config = json.loads((directory / "config.json").read_bytes())
+    metrics = json.loads((directory / "metrics_test.json").read_bytes())
+    rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
+    data = to_arrays(rows, metrics["labels"])
+    if abs(f1_macro(data.gold, data.predicted) - metrics["f1_macro"]) > 1e-6:
+        raise ValueError("predictions_test.jsonl does not give the f1_macro of metrics_test.json")
+    run = {"limit": None, "max_steps": None} | config["arguments"] | {
+        "arguments": config["arguments"], "note": config.get("note"), "log": directory / "log.jsonl",
+        "annotations": hash(str([(row["text_id"], row["user_id"], row["gold"]) for row in rows]))}
+    systems = {run["method"]: metrics} | (json.loads(extra.read_bytes()) if extra.exists() else {})
+    return [SimpleNamespace(**run | {"method": key, "metrics": own, "data": data if own is metrics else None})
+            for key, own in systems.items()]
+
+
+def collect(runs_dir):
+    """Finished runs: {data set: {model: {method: runs}}}. Raises: ValueError, FileNotFoundError.
+
+    A run with another recipe than the first of its model and method is of a model "mistral (lora_r 8)".
+    """
+    found, recipes = {}, {}
+    for path in sorted(Path(runs_dir).rglob("metrics_test.json")):
+        try:
+            runs = load_run(path.parent)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path.parent} is no finished run: {error!r}") from error
+        for run in runs:
+            model, dataset = run.model, run.dataset
+            if run.note or run.limit or run.max_steps or model not in PAPER or dataset not in DATASETS:
+                model = Path(model).name
+                dataset = f"{Path(dataset).stem} ({run.note or 'not the setting of the paper'})"
+            recipe = {key: str(run.arguments[key]) for key in sorted(run.arguments.keys() - NOT_RECIPE)}
+            usual = recipes.setdefault((dataset, model, run.method), recipe) | {"constrain": "False"}
+            words = [f"{key} {value}" for key, value in recipe.items() if value != usual.get(key)]
+            model += f" ({', '.join(words)})" if words else ""
+            found.setdefault(dataset, {}).setdefault(model, {}).setdefault(run.method, []).append(run)
+    if not found:
+        raise FileNotFoundError(f"no finished run below {runs_dir}: metrics_test.json")
+    return found
+
+
+# ---- Tables: {title: {row: {column: cell}}}, where a cell holds what exists of it, and figures ----
+
+AUDITED = ("clsp", "cls", "user_bias", "user_frequencies", "always_all")  # columns of the auditor's table
+AUDIT = ("f1_macro", "f1_macro_tuned", "mean_average_precision", "log_loss", "f1_user_mean")  # its rows
+FOOTNOTE = """All times 100: mean over seeds [95% interval over texts, paired for gains]; gains in percent.
+A gain in log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
+"""
+
+
+def measure(runs, part="", name="f1_macro"):
+    """The cell of a measure x 100 for all users or a part: mean over runs and, for F1-macro, resamples."""
+    parts = [run.metrics.get(part, {}) if part else run.metrics for run in runs]
+    if not runs or any(name not in own for own in parts):
+        return {}
+    per_seed, samples = [100 * own[name] for own in parts], []
+    for data, own in ((run.data, own) for run, own in zip(runs, parts) if run.data and "f1_macro" in name):
+        predicted = data.predicted if name == "f1_macro" else data.scores >= np.array(own["thresholds"])
+        chosen = np.isin(data.user_ids, [*own["f1_per_user"]])[data.user_index]
+        samples.append(100 * resample_f1(count(
+            data.gold[chosen], predicted[chosen], data.text_index[chosen], len(data.text_ids))))
+    cell = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "seeds": [run.seed for run in runs],
+            "n": [own["n_annotations"] for own in parts if "n_annotations" in own],
+            "on": {run.annotations for run in runs}}
+    return cell | ({"samples": np.mean(samples, axis=0)} if samples else {})  # over seeds: [choice.T11]
+
+
+def compare(cell, base):
+    """The cell of a gain. It is paired, so there is none between runs on different annotations."""
+    change = {}
+    for key in ("value", "samples", "paper"):  # by the paper's scores, not its "up to 165%": [choice.E6]
+        if key in cell and np.all(base.get(key, 0)) and (key == "paper" or cell["on"] == base["on"]):
+            change[key] = gain(cell[key], base[key])
+    return change
+
+
+def add_gains(rows, pairs):
+    """The rows that are not empty, with the gain of each (personalised, baseline) pair, n and seeds."""
+    rows = {name: row for name, row in rows.items() if any(row.values())}
+    for row in rows.values():
+        ran = [cell for cell in row.values() if "value" in cell]
+        row |= {f"{own} over {base} [%]": compare(row[own], row[base]) for own, base in pairs}
+        for key in ("n", "seeds"):
+            row[key] = {"text": ", ".join(dict.fromkeys(str(own) for cell in ran for own in cell[key]))}
+        for cell in row.values():
+            cell.pop("on", None)
+            if "samples" in cell:
+                cell["interval"] = np.quantile(cell.pop("samples"), (0.025, 0.975)).tolist()
+    return rows
+
+
+def format_cell(cell, sign=""):
+    """A cell as text: value [interval] (range of the seeds; the paper's value)."""
+    text = cell.get("text", "not run" if "paper" in cell and not sign else "-")
+    text = f"{cell['value']:{sign}.2f}" if "value" in cell else text
+    text += " [{:{s}.2f}, {:{s}.2f}]".format(*cell["interval"], s=sign) if "interval" in cell else ""
+    seeds = cell.get("per_seed", ())
+    text += f" (seeds {min(seeds):.2f}..{max(seeds):.2f})" if len(seeds) > 1 else ""
+    return text + (f" (paper {cell['paper']:{sign}.2f})" if "paper" in cell else "")
+
+
+def tables(runs_dir):
+    """Tables I-III and the auditor's as Markdown, also written into runs_dir as tables.md and tables.json."""
+    report, lines = {}, []
+    for dataset, models in collect(runs_dir).items():
+        paper = PAPER if dataset in DATASETS else {}
+        for number, (shown, methods) in TABLES.items():
+            rows = {model: {method: measure(models.get(model, {}).get(method, ())) for method in methods}
+                    for model in dict.fromkeys([*filter(paper.get, shown), *models])}
+            for model, method in ((model, method) for model in rows for method in methods):
+                if method in paper.get(model, {}):
+                    rows[model][method]["paper"] = paper[model][method][DATASETS.index(dataset)]
+            pairs = [pair for pair in BASELINE_OF.items() if {*pair} <= {*methods}]
+            report[f"Table {number}. {dataset}"] = add_gains(rows, pairs)
+        for model, methods in models.items():  # what is left of the gain of `clsp`?
+            names = [name for name in AUDITED if name in methods]
+            rows = {f"{part} {key}".strip(): {name: measure(methods[name], part, key) for name in names}
+                    for part in ("", "seen", "unseen") for key in AUDIT}
+            pairs = [("clsp", name) for name in names[1:] if "clsp" in names]
+            report[f"Auditor's table. {dataset}, {model}"] = add_gains(rows, pairs)
+    for title, rows in report.items():
+        for row in [*rows.values()][:1]:
+            lines += [f"\n## {title}\n", f"| | {' | '.join(row)} |", "| --- " * (1 + len(row)) + "|"]
+        for name, row in rows.items():
+            cells = [format_cell(cell, "+" if "[%]" in column else "") for column, cell in row.items()]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    text = "\n".join([*lines, FOOTNOTE])
+    Path(runs_dir, "tables.md").write_text(text, encoding="utf-8")
+    Path(runs_dir, "tables.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return text
+
+
+def draw_model(gains, learning, users, cells, methods):
+    """A model's gains (Figures 2 and 3), learning curves, and each user's F1 with `clsp` against `cls`."""
+    for column, cell in cells.items():
+        gains.barh(column, cell.get("value", 0), color="C0")
+        gains.plot(cell.get("interval", [0, 0]), [column] * 2, "k", linewidth=2)
+        gains.plot(cell.get("paper", np.nan), column, "kD")
+    gains.set(xlabel="gain in F1-macro, 95% interval (diamond: the paper's)")
+    runs = [run for own in methods.values() for run in own if run.data and run.log.exists()]
+    for n, run in enumerate(runs):
+        for key, style, label in (("loss", "-", f"{run.method}, seed {run.seed}"), ("val_loss", "o", None)):
+            curve = {row["step"]: row[key] for row in read_predictions(run.log) if key in row}
+            learning.plot(curve.keys(), curve.values(), style, color=f"C{n}", label=label, alpha=0.7)
+    learning.set(xlabel="optimizer step", ylabel="loss: training (line), validation (dots)", yscale="log")
+    learning.legend(fontsize="small", handles=learning.lines[::2])
+    both = [[run.metrics["f1_per_user"] for run in methods.get(name, ())] for name in ("cls", "clsp")]
+    ids = set.intersection(*({*own} for runs in both for own in runs)) if all(both) else ()
+    x, y = ([np.mean([own[user] for own in runs]) for user in ids] for runs in both)
+    users.plot([0, 1], [0, 1], color="grey")
+    users.scatter(x, y, alpha=0.6)
+    users.set(xlabel="cls: F1 of a user", ylabel=f"clsp, better for {np.greater(y, x).sum()} of {len(ids)}")
+
+
+def figures(runs_dir):
+    """The PNGs drawn after `tables`: one per data set, a row per model. Raises: ValueError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--figures needs matplotlib: pip install matplotlib") from error
+    report, paths = json.loads(Path(runs_dir, "tables.json").read_bytes()), []
+    for dataset, models in collect(runs_dir).items():
+        figure = Figure(figsize=(16, 4.5 * len(models)), layout="constrained")
+        for panels, model in zip(figure.subplots(len(models), 3, squeeze=False), models):
+            first, second = (report[f"Table {number}. {dataset}"].get(model, {}) for number in ("I", "II"))
+            gains = {name: cell for name, cell in (first | second).items() if "[%]" in name and cell}
+            draw_model(*panels, gains, models[model])
+            panels[1].set_title(f"{dataset}: {model}")
+        paths.append(Path(runs_dir, re.sub(r"\W+", "_", f"figures {dataset}").strip("_") + ".png"))
+        figure.savefig(paths[-1], dpi=100)
+    return paths
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Tables and figures of finished runs.", allow_abbrev=False)
+    parser.add_argument("command", choices=["tables"], help="print Tables I-III and the auditor's")
+    parser.add_argument("runs_dir", help="finished runs at any depth; gets tables.md and tables.json")
+    parser.add_argument("--figures", action="store_true", help="also draw the figures (PNG)")
+    args = parser.parse_args(argv)
+    try:
+        print(tables(args.runs_dir), *(figures(args.runs_dir) if args.figures else ()), sep="\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""metrics.py: expected values come from scikit-learn, formulas, brute force or hand arithmetic."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import metrics
+
+LABELS = ["anger", "joy", "love"]
+
+
+def some_predictions(n=400, n_labels=5, seed=0):
+    """Gold, predicted and scores (N, L) with many equal scores, and no label that never occurs."""
+    generator = np.random.default_rng(seed)
+    scores = generator.random((n, n_labels)).round(2)
+    gold = generator.random((n, n_labels)) < scores**2
+    return gold, scores >= 0.5, scores
+
+
+# ---- F1 ----
+
+
+def test_f1_equals_sklearn_with_labels_absent_on_one_side_and_on_both():
+    """[metric.F1], [choice.E4]: torchmetrics differs on labels absent on both sides (torchmetrics#2198)."""
+    gold, predicted, _ = some_predictions()
+    gold[:, 0] = predicted[:, 0] = False
+    gold[:, 1] = False
+    predicted[:, 2] = False
+    per_label = f1_score(gold, predicted, average=None, zero_division=0)
+    assert metrics.f1_per_label(gold, predicted) == pytest.approx(per_label)
+    assert metrics.f1_macro(gold, predicted) == pytest.approx(per_label.mean())
+    assert metrics.f1_micro(gold, predicted)[0] == pytest.approx(f1_score(gold, predicted, average="micro"))
+    assert metrics.f1_macro(gold, gold & False) == 0.0
+
+
+def test_f1_by_hand():
+    gold = np.array([[1, 1], [1, 0], [0, 0]], bool)
+    predicted = np.array([[1, 0], [0, 0], [1, 0]], bool)  # first label TP 1, FP 1, FN 1; second label FN 1
+    assert metrics.f1_per_label(gold, predicted).tolist() == [0.5, 0.0]
+    assert metrics.f1_macro(gold, predicted) == 0.25
+    assert metrics.f1_micro(gold, predicted)[0] == pytest.approx(2 * 1 / (2 * 1 + 1 + 2))
+
+
+def test_f1_of_a_user_equals_sklearns_micro_f1_over_the_users_annotations():
+    gold, predicted, _ = some_predictions()
+    user_index = np.random.default_rng(1).integers(7, size=len(gold))
+    ours = metrics.f1_micro(gold, predicted, user_index, 8)
+    for user in range(7):
+        own = user_index == user
+        assert ours[user] == pytest.approx(f1_score(gold[own], predicted[own], average="micro"))
+    assert ours[7] == 0.0  # a user without annotations
+
+
+# ---- Scores ----
+
+
+def test_thresholds_reach_the_best_f1_of_every_possible_cut():
+    """[choice.E1]: one threshold per label, tuned where the paper has 0.5; against trying every cut."""
+    gold, _, scores = some_predictions(n=60, n_labels=12)
+    gold[:, 4] = False
+    thresholds = metrics.tune_thresholds(gold, scores)
+    assert thresholds[4] == 0.5
+    for label in set(range(12)) - {4}:
+        brute = max(f1_score(gold[:, label], scores[:, label] >= cut) for cut in scores[:, label])
+        assert f1_score(gold[:, label], scores[:, label] >= thresholds[label]) == pytest.approx(brute)
+
+
+def test_of_equally_good_thresholds_the_highest_is_taken_halfway_between_scores():
+    gold = np.array([[1], [0], [0], [1]], bool)
+    scores = np.array([[0.9], [0.7], [0.5], [0.3]])  # F1 from the top: 2/3, 1/2, 2/5, 2/3
+    assert metrics.tune_thresholds(gold, scores) == pytest.approx([0.8])
+    assert (metrics.tune_thresholds(gold, scores) == metrics.tune_thresholds(gold[::-1], scores[::-1])).all()
+
+
+@pytest.mark.parametrize("scores", [[0.0, 0.0], [1.0, 1.0], [0.3 + 1e-7, 0.3]])
+def test_thresholds_separate_extreme_and_neighbouring_scores(scores):
+    gold, scores = np.array([[True], [False]]), np.array(scores, np.float32)[:, None]
+    f1 = f1_score(gold[:, 0], (scores >= metrics.tune_thresholds(gold, scores))[:, 0])
+    assert f1 == pytest.approx(1.0 if scores[0] > scores[1] else 2 / 3)
+
+
+def test_mean_average_precision_equals_sklearn_over_the_labels_that_occur():
+    gold, _, scores = some_predictions()
+    gold[:, 2] = False
+    expected = average_precision_score(np.delete(gold, 2, axis=1), np.delete(scores, 2, axis=1))
+    assert metrics.mean_average_precision(gold, scores) == pytest.approx(expected)
+
+
+def test_log_loss_equals_sklearn_and_stays_finite_for_certain_mistakes():
+    gold, _, scores = some_predictions()
+    scores = scores.clip(0.01, 0.99)
+    expected = np.mean([sklearn_log_loss(gold[:, label], scores[:, label]) for label in range(5)])
+    assert metrics.log_loss(gold, scores) == pytest.approx(expected)
+    assert metrics.log_loss(np.array([[True]]), np.array([[0.0]])) == pytest.approx(-np.log(1e-7))
+
+
+# ---- Intervals ----
+
+
+def interval(samples):
+    return np.quantile(samples, (0.025, 0.975))
+
+
+def test_resampled_f1_equals_a_plain_loop_that_repeats_the_annotations_of_drawn_texts():
+    gold, predicted, _ = some_predictions(n=120)
+    text_index = np.random.default_rng(3).integers(40, size=120)
+    ours = metrics.resample_f1(metrics.count(gold, predicted, text_index, 40), resamples=7, seed=5)
+    generator, expected = np.random.default_rng(5), []
+    for _ in range(7):
+        texts = generator.integers(40, size=40)
+        rows = np.concatenate([np.flatnonzero(text_index == text) for text in texts])
+        expected.append(f1_score(gold[rows], predicted[rows], average="macro", zero_division=0))
+    assert ours == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_interval_is_as_wide_as_the_spread_over_fresh_texts():
+    """Annotations of a text are copies here, so an interval over annotations would be half as wide."""
+    generator, fresh = np.random.default_rng(0), []
+    for _ in range(200):
+        gold = (generator.random((150, 2)) < 0.5).repeat(4, axis=0)
+        predicted = gold ^ (generator.random((150, 2)) < 0.3).repeat(4, axis=0)
+        fresh.append(metrics.f1_macro(gold, predicted))
+    counts = metrics.count(gold, predicted, np.arange(600) // 4, 150)
+    low, high = interval(metrics.resample_f1(counts))
+    assert low < metrics.f1_macro(gold, predicted) < high
+    assert high - low == pytest.approx(2 * 1.96 * np.std(fresh), rel=0.25)
+
+
+def test_a_paired_gain_is_narrower_than_an_unpaired_one():
+    generator = np.random.default_rng(0)
+    gold = generator.random((600, 4)) < 0.3
+    baseline = gold ^ (generator.random((600, 4)) < 0.3)
+    better = np.where(generator.random((600, 4)) < 0.1, gold, baseline)
+    counts = [metrics.count(gold, way, np.arange(600), 600) for way in (better, baseline)]
+    paired = interval(metrics.gain(*map(metrics.resample_f1, counts)))
+    unpaired = interval(metrics.gain(metrics.resample_f1(counts[0]), metrics.resample_f1(counts[1], seed=1)))
+    assert paired[1] - paired[0] < 0.6 * (unpaired[1] - unpaired[0])
+
+
+# ---- The paper ----
+
+
+def paper_gains():
+    return {(dataset, model, own): metrics.gain(scores[own][column], scores[base][column])
+            for column, dataset in enumerate(metrics.DATASETS) for model, scores in metrics.PAPER.items()
+            for own, base in metrics.BASELINE_OF.items() if {own, base} <= scores.keys()}
+
+
+def test_table_iii_gains_recompute_from_its_own_scores():
+    """[metric.gain], section VII; the values are Table III's last column."""
+    printed = {("goemotions", "flan-t5"): 39.95, ("goemotions", "mistral"): 64.14,
+               ("unhealthy", "flan-t5"): 54.06, ("unhealthy", "mistral"): 128.70}
+    for place, value in printed.items():
+        assert paper_gains()[(*place, "clsp")] == pytest.approx(value, abs=0.005)
+
+
+def test_the_papers_up_to_165_percent_is_stablelm_with_a_head_on_unhealthy_conversations():
+    """[choice.E6]: the largest gain of Tables I to III is +164.07%, from 16.92 to 44.68."""
+    gains = paper_gains()
+    largest = max(gains, key=gains.get)
+    assert largest == ("unhealthy", "stablelm", "clsp")
+    assert gains[largest] == pytest.approx(164.07, abs=0.005)
+
+
+def test_every_row_of_the_papers_tables_has_its_values():
+    """Only Table II's LM-P has dashes: Flan-T5 and the two GPT models."""
+    missing = {(table, model, method) for table, (models, methods) in metrics.TABLES.items()
+               for model in models for method in methods if method not in metrics.PAPER[model]}
+    assert missing == {("II", model, "lmp") for model in ("flan-t5", "gpt-3.5-turbo", "gpt-4")}
+    assert sum(map(len, metrics.PAPER.values())) == 26
+
+
+# ---- Baselines ----
+
+
+def test_always_all_predicts_every_label_and_user_frequencies_are_smoothed_towards_everyones():
+    train = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], bool)  # user 0 has the first two; everyone's: 1/2, 1/4
+    scores = metrics.user_frequencies(train, np.array([0, 0, 1, 1]), np.array([2, 0]), 3, smoothing=2.0)
+    assert scores == pytest.approx(np.array([[0.5, 0.25], [(2 + 1) / 4, 0.5 / 4]]))
+    assert metrics.always_all(2, 3).tolist() == [[True] * 3] * 2
+
+
+def test_user_bias_equals_sklearns_regularised_intercept_where_the_logits_are_zero():
+    """A constant feature of 1 and C = 1 / l2 is the same problem."""
+    generator = np.random.default_rng(0)
+    labels, user_index = generator.random((90, 2)) < [0.2, 0.7], np.arange(90) % 3
+    ours = metrics.fit_user_bias(np.zeros((90, 2)), labels, user_index, n_users=3, l2=0.5)
+    for user in range(3):
+        for label in range(2):
+            y = labels[user_index == user, label]
+            model = LogisticRegression(C=1 / 0.5, fit_intercept=False, tol=1e-10).fit(np.ones((len(y), 1)), y)
+            assert ours[user, label] == pytest.approx(model.coef_[0, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("l2", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_user_bias_minimises_the_regularised_log_loss(scale, l2):
+    """At the minimum l2 b = sum (label - probability), also where the logits are wrong and far out."""
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(-scale, scale, (200, 3)), generator.random((200, 3)) < 0.5
+    labels[:, 2] = True
+    user_index = generator.choice([0, 1, 3], size=200)
+    bias = metrics.fit_user_bias(logits, labels, user_index, n_users=4, l2=l2)
+    assert (bias[2] == 0).all()
+    residual = np.zeros((4, 3))
+    np.add.at(residual, user_index, labels - 1 / (1 + np.exp(-(logits + bias[user_index]))))
+    assert residual == pytest.approx(l2 * bias, abs=1e-4)
+
+
+# ---- Evaluation of a predictions file ----
+
+
+def row(text_id, user_id, gold, predicted, scores):
+    return {"text_id": text_id, "user_id": user_id, "prompt": "", "gold": gold, "predicted": predicted,
+            "scores": scores}
+
+
+def scored_rows():
+    """Six annotations of three texts by two users, with scores."""
+    return [
+        row("t1", 4, ["joy"], ["joy"], [0.1, 0.9, 0.4]),
+        row("t1", 37, ["anger"], ["joy"], [0.3, 0.8, 0.1]),
+        row("t2", 4, ["joy", "love"], ["love"], [0.2, 0.4, 0.7]),
+        row("t2", 37, [], [], [0.1, 0.1, 0.2]),
+        row("t3", 4, ["anger"], [], [0.4, 0.1, 0.2]),
+        row("t3", 37, ["love"], ["love"], [0.1, 0.2, 0.6]),
+    ]
+
+
+def test_evaluate_by_hand():
+    result = metrics.evaluate(scored_rows(), LABELS, thresholds=None, unseen_users=None)
+    assert result["f1_per_label"] == pytest.approx({"anger": 0.0, "joy": 0.5, "love": 1.0})
+    assert result["f1_macro"] == pytest.approx(0.5)
+    assert (result["n_annotations"], result["n_texts"], result["n_users"]) == (6, 3, 2)
+    assert result["f1_micro"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 3))
+    assert result["f1_per_user"] == pytest.approx({"4": 2 * 2 / (4 + 0 + 2), "37": 2 * 1 / (2 + 1 + 1)})
+    assert result["f1_user_mean"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert result["f1_user_quantiles"]["50%"] == result["f1_user_mean"]
+    assert "f1_macro_tuned" not in result and "share_empty_answers" not in result
+    tuned = metrics.evaluate(scored_rows(), LABELS, thresholds=np.array([0.25, 0.5, 0.5]))
+    assert tuned["f1_macro"] == result["f1_macro"] and tuned["thresholds"] == [0.25, 0.5, 0.5]
+    assert tuned["f1_macro_tuned"] == pytest.approx((1.0 + 0.5 + 1.0) / 3)  # anger: 0.3 and 0.4 are found
+    json.dumps(tuned, allow_nan=False)
+
+
+def test_evaluate_reports_users_held_out_of_training_apart():
+    rows = scored_rows()
+    result = metrics.evaluate(rows, LABELS, thresholds=[0.25, 0.5, 0.5], unseen_users={"37"})
+    for part, user in (("seen", 4), ("unseen", 37)):
+        own = [row for row in rows if row["user_id"] == user]
+        assert result[part] == metrics.evaluate(own, LABELS, [0.25, 0.5, 0.5])
+    assert "unseen" not in metrics.evaluate(rows, LABELS, unseen_users=["99"])
+
+
+def test_evaluate_counts_what_responses_do_not_answer():
+    responses = [(["joy"], "joy, fury", ["fury"]), ([], " \n", []), ([], "a, b", ["a", "b"])]
+    rows = [{"text_id": 1, "user_id": 1, "gold": ["joy"], "predicted": predicted, "response": response,
+             "not_understood": words} for predicted, response, words in responses]
+    result = metrics.evaluate(rows, LABELS)
+    assert result["share_not_understood"] == pytest.approx(3 / 4)
+    assert result["share_empty_answers"] == pytest.approx(1 / 3)
+    assert "log_loss" not in result
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("gold", ["envy"], "envy"), ("predicted", ["Joy"], "Joy"), ("gold", "joy", "labels"),
+    ("scores", [0.1, 0.2], "shape"), ("scores", [0.1, 0.2, 1.5], "scores"),
+    ("scores", [0.1, 0.2, float("nan")], "scores"),
+])
+def test_a_row_that_does_not_fit_the_labels_is_refused(key, value, message):
+    rows = scored_rows()
+    rows[2][key] = value
+    with pytest.raises(ValueError, match=message):
+        metrics.evaluate(rows, LABELS)
+
+
+# ---- Tables of finished runs ----
+
+
+def write_run(path, method, model, flip, dataset="goemotions", seed=42, note=None, n_texts=60, baselines=None,
+              **more):
+    """A finished run on 3 annotations per text, wrong with probability `flip`; returns its metrics."""
+    path.mkdir(parents=True)
+    gold = np.random.default_rng(0).random((3 * n_texts, 3)) < 0.4
+    mistakes = np.random.default_rng(seed).random(gold.shape) < flip
+    scores = np.where(gold ^ mistakes, 0.8, 0.3)
+    names = [[LABELS[k] for k in np.flatnonzero(line)] for line in [*gold, *(scores >= 0.5)]]
+    rows = [row(n // 3, n % 3, names[n], names[len(gold) + n], scores[n].tolist()) for n in range(len(gold))]
+    result = metrics.evaluate(rows, LABELS, thresholds=[0.5] * 3, unseen_users=[2])
+    arguments = {"method": method, "model": model, "dataset": dataset, "seed": seed, "out": str(path), **more}
+    (path / "config.json").write_text(json.dumps({"arguments": arguments, "versions": {}, "note": note}))
+    (path / "metrics_test.json").write_text(json.dumps(result))
+    (path / "predictions_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = [{"step": k, "loss": 1 / k} for k in range(1, 30)] + [{"step": 29, "val_loss": 0.2}]
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (path / "baselines_test.json").write_text(json.dumps(baselines or {}))
+    return result
+
+
+def table(runs_dir, title):
+    """The rows of one table of tables.json."""
+    return json.loads((runs_dir / "tables.json").read_text())[title]
+
+
+def test_a_cell_stands_beside_the_papers_and_a_missing_one_says_not_run(tmp_path):
+    cls = write_run(tmp_path / "mistral" / "cls", "cls", "mistral", flip=0.3)
+    clsp = write_run(tmp_path / "mistral" / "clsp", "clsp", "mistral", flip=0.1)
+    text = metrics.tables(tmp_path)
+    assert text == (tmp_path / "tables.md").read_text()
+    row = table(tmp_path, "Table III. goemotions")["mistral"]
+    assert row["cls"]["value"] == pytest.approx(100 * cls["f1_macro"]) and row["cls"]["paper"] == 26.77
+    assert row["cls"]["interval"][0] < row["cls"]["value"] < row["cls"]["interval"][1]
+    change = row["clsp over cls [%]"]
+    assert change["value"] == pytest.approx(100 * (clsp["f1_macro"] / cls["f1_macro"] - 1))
+    assert 0 < change["interval"][0] < change["value"] < change["interval"][1]
+    assert change["paper"] == pytest.approx(64.14, abs=0.005)
+    assert (row["n"]["text"], row["seeds"]["text"]) == ("180", "42")
+    assert "| phi-2 | not run (paper 28.99) | not run (paper 32.87) |" in text
+    assert "| - (paper +13.38) |" in text and "| gpt-4 | not run (paper 26.74)" in text
+
+
+def test_synthetic_runs_never_stand_beside_the_papers_values(tmp_path):
+    write_run(tmp_path / "tiny", "cls", "/tiny/mistral", flip=0.3, note="synthetic, tiny")
+    assert "paper" not in metrics.tables(tmp_path)
+    write_run(tmp_path / "real", "cls", "mistral", flip=0.2)
+    metrics.tables(tmp_path)
+    assert "paper" not in table(tmp_path, "Table III. goemotions (synthetic, tiny)")["mistral"]["cls"]
+    assert table(tmp_path, "Table III. goemotions")["mistral"]["cls"]["paper"] == 26.77
+
+
+@pytest.mark.parametrize("difference", [
+    {"model": "/models/mistral"}, {"limit": [100]}, {"max_steps": 5}, {"dataset": "/data/goemotions.csv"}])
+def test_other_models_data_and_shortened_runs_do_not_stand_beside_the_papers_values(tmp_path, difference):
+    write_run(tmp_path / "run", flip=0.2, **{"method": "cls", "model": "mistral"} | difference)
+    text = metrics.tables(tmp_path)
+    assert "Table III. goemotions (not the setting of the paper)" in text and "| mistral |" in text
+    assert "(paper" not in text
+
+
+def test_seeds_of_one_setting_are_averaged_and_their_range_is_shown(tmp_path):
+    """[choice.T11]; the resamples are averaged over the seeds too, so the interval lies around their mean."""
+    runs = [write_run(tmp_path / str(n), "cls", "mistral", 0.3, seed=n)["f1_macro"] for n in (1, 2, 3)]
+    text = metrics.tables(tmp_path)
+    row = table(tmp_path, "Table III. goemotions")["mistral"]
+    assert row["cls"]["value"] == pytest.approx(100 * np.mean(runs))
+    assert row["cls"]["interval"][0] < row["cls"]["value"] < row["cls"]["interval"][1]
+    assert (row["seeds"]["text"], row["n"]["text"]) == ("1, 2, 3", "180")
+    assert f"seeds {100 * min(runs):.2f}..{100 * max(runs):.2f}" in text
+
+
+def test_another_recipe_is_another_row_and_not_another_seed(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path / f"lmp{seed}", "lmp", "mistral", 0.3, seed=seed, quantize="nf4")
+    write_run(tmp_path / "other", "lmp", "mistral", 0.3, seed=3, quantize="none")
+    write_run(tmp_path / "constrained", "lm", "mistral", 0.3, seed=4, constrain=True)
+    metrics.tables(tmp_path)
+    rows = table(tmp_path, "Table I. goemotions")
+    assert rows["mistral"]["lmp"]["seeds"] == [1, 2] and rows["mistral"]["lmp"]["paper"] == 34.52
+    assert rows["mistral (quantize none)"]["lmp"]["seeds"] == [3]
+    assert rows["mistral (constrain True)"]["lm"]["seeds"] == [4]
+    assert "paper" not in rows["mistral (constrain True)"]["lm"]
+
+
+def test_runs_on_other_annotations_have_no_gain(tmp_path):
+    write_run(tmp_path / "cls", "cls", "mistral", 0.3, n_texts=60)
+    write_run(tmp_path / "clsp", "clsp", "mistral", 0.1, n_texts=50)
+    metrics.tables(tmp_path)
+    change = table(tmp_path, "Table III. goemotions")["mistral"]["clsp over cls [%]"]
+    assert change.keys() == {"paper"}
+
+
+def test_the_auditors_table_compares_with_baselines_and_for_unseen_users(tmp_path):
+    baselines = {"user_bias": {"f1_macro": 0.5, "f1_macro_tuned": 0.6, "log_loss": 0.2},
+                 "always_all": {"f1_macro": 0.4}}
+    cls = write_run(tmp_path / "cls", "cls", "smol", 0.3, "x/convabuse.csv", baselines=baselines)
+    clsp = write_run(tmp_path / "clsp", "clsp", "smol", 0.1, "x/convabuse.csv")
+    metrics.tables(tmp_path)
+    rows = table(tmp_path, "Auditor's table. convabuse (not the setting of the paper), smol")
+    left = rows["unseen f1_macro_tuned"]["clsp over cls [%]"]
+    expected = clsp["unseen"]["f1_macro_tuned"] / cls["unseen"]["f1_macro_tuned"] - 1
+    assert left["value"] == pytest.approx(100 * expected)
+    assert left["interval"][0] < left["value"] < left["interval"][1]
+    over_bias = rows["f1_macro_tuned"]["clsp over user_bias [%]"]
+    assert over_bias["value"] == pytest.approx(100 * (clsp["f1_macro_tuned"] / 0.6 - 1))
+    assert rows["f1_macro"]["always_all"]["value"] == pytest.approx(40)
+    assert "user_frequencies" not in rows["f1_macro"] and rows["unseen log_loss"]["always_all"] == {}
+
+
+def test_figures_are_drawn_for_every_data_set(tmp_path):
+    pytest.importorskip("matplotlib")
+    for method, flip in (("cls", 0.3), ("clsp", 0.1)):
+        write_run(tmp_path / method, method, "mistral", flip)
+    write_run(tmp_path / "tiny", "q0s", "/tiny/phi", 0.2, note="synthetic, tiny")
+    (tmp_path / "tiny" / "log.jsonl").unlink()
+    metrics.tables(tmp_path)
+    names = ["figures_goemotions.png", "figures_goemotions_synthetic_tiny.png"]
+    assert metrics.figures(tmp_path) == [tmp_path / name for name in names]
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+
+
+# ---- The command line ----
+
+
+def one_line_of_error(capsys, *arguments):
+    assert metrics.main([*map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_missing_directory_and_one_without_runs_are_one_line_and_exit_2(tmp_path, capsys):
+    assert "nowhere" in one_line_of_error(capsys, "tables", tmp_path / "nowhere")
+    assert "no finished run" in one_line_of_error(capsys, "tables", tmp_path)
+
+
+def test_without_matplotlib_the_tables_are_still_written(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "cls", "cls", "mistral", 0.3)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib" in one_line_of_error(capsys, "tables", tmp_path, "--figures")
+    assert (tmp_path / "tables.md").exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", "{", "JSON"), ("config.json", '{"arguments": {"seed": 1}}', "method"),
+    ("metrics_test.json", "[]", "TypeError"), ("metrics_test.json", "{}", "labels"),
+    ("predictions_test.jsonl", '{"text_id"', "JSON"), ("predictions_test.jsonl", "", "no prediction"),
+    ("predictions_test.jsonl", '{"text_id": 1, "user_id": 1, "gold": ["x"], "predicted": []}', "labels"),
+    ("predictions_test.jsonl", '{"text_id": 1, "user_id": 1, "gold": [], "predicted": []}', "does not give"),
+    ("baselines_test.json", "nope", "JSON"),
+])
+def test_a_malformed_file_of_a_run_is_one_line_and_exit_2(tmp_path, capsys, name, content, message):
+    write_run(tmp_path / "run", "cls", "mistral", 0.3)
+    (tmp_path / "run" / name).write_text(content)
+    error = one_line_of_error(capsys, "tables", tmp_path)
+    assert message in error and str(tmp_path / "run") in error
+    assert not (tmp_path / "tables.md").exists()
+
+
+@pytest.mark.parametrize("arguments", [["tables"], ["table", "runs"], ["tables", "runs", "--figure"], []])
+def test_unknown_or_abbreviated_arguments_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        metrics.main(arguments)
+    assert stop.value.code == 2
