@@ -1,0 +1,865 @@
+"""A prediction: of a trained adapter, a queried model or the GPT API; or one text seen by several users.
+
+Source: sections IV and V of the paper. Queries (Q-0S, Q-1S, Q-2S) use no training at all.
+
+    python infer.py --run DIR [--split test|val]             evaluate a trained adapter
+    python infer.py --run DIR --text "..." --users 4 37      how these users would label this text
+    python infer.py --method q2s --model M --dataset D       query a local model
+    python infer.py --method q2s --model gpt-4 --dataset D   query the API; OPENAI_API_KEY holds the key
+
+Identical prompts are predicted once, whatever the number of annotations. Does not train (train.py).
+"""
+
+import argparse
+import email.utils
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from concurrent import futures
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import requests
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+import data
+import lora
+import metrics
+from prompts import METHODS, build_prompt, build_response, parse_response
+
+# ---- Arguments, data and configuration of a run ----
+
+FOLLOW = {  # row of the audit -> whom it can follow, the default first
+    "P1": ("paper", "released"), "T1": ("released", "paper"), "T2": ("paper", "released"),
+    "T4": ("paper", "released"), "E2": ("paper", "released"),
+}
+
+
+def positive(text):
+    """argparse type of a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def follow_row(text):
+    """argparse type of one ROW=paper|released."""
+    row, _, source = text.partition("=")
+    if source not in FOLLOW.get(row, ()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ROW=paper|released, ROW of {', '.join(FOLLOW)}")
+    return row, source
+
+
+def follows(args):
+    """{row of the audit: whom this run follows}."""
+    return {row: dict(args.follow).get(row, sources[0]) for row, sources in FOLLOW.items()}
+
+
+def add_arguments(parser, methods):
+    """The flags that every run has."""
+    add = parser.add_argument
+    add("--method", choices=methods, help="the setting of the paper")
+    add("--model", default="mistral",
+        help=f"{', '.join(lora.MODELS)}, a hub id or a directory; for queries also a GPT (default: mistral)")
+    add("--dataset", default="goemotions",
+        help="goemotions, unhealthy or the path of a long CSV (default: %(default)s)")
+    add("--out", type=Path, help="(default: runs/DATASET/MODEL/METHOD)")
+    add("--limit", type=positive, nargs="+", metavar="N",
+        help="at most N annotations of each split, or a number for each of train, val, test (default: all)")
+    add("--max_length", type=positive, default=512,
+        help="tokens of a prompt; a longer one loses the end of its text (default: %(default)s)")
+    add("--micro_batch_tokens", type=positive, default=4096,
+        help="tokens, padding included, that a device computes at once (default: %(default)s)")
+    add("--follow", type=follow_row, nargs="+", default=[], metavar="ROW=SOURCE",
+        help=f"do as the paper or the released code does in a row of the audit: {', '.join(FOLLOW)}")
+    add("--unseen_users", type=data.share, default=0.0, metavar="SHARE",
+        help="hold this share of the users out of train and val, report them apart (default: %(default)s)")
+    add("--constrain", action="store_true", help="decode only distinct labels in sorted order")
+    add("--seed", type=int, default=42,
+        help="of weights, order and dropout (default: %(default)s, the authors' config)")
+    add("--note", help="kept in config.json and shown in the tables")
+    data.add_arguments(parser)
+    lora.add_arguments(parser)
+
+
+def complete(args):
+    """Fills in what has no fixed default."""
+    args.dtype = args.dtype or (lora.MODELS[args.model][1] if args.model in lora.MODELS else "bf16")
+    args.out = args.out or Path("runs", Path(args.dataset).stem, Path(args.model).name, args.method)
+
+
+def load_splits(args):
+    """Returns (task, {split: Annotations}, report): cleaned, users held out, limited."""
+    task, splits, report = data.load(args.dataset, args.data_dir, args.min_share, args.max_share,
+                                     args.split_seed)
+    splits, report["unseen_users"] = data.hold_out_users(splits, args.unseen_users, args.split_seed)
+    if args.limit:
+        splits = {name: data.limit(part, args.limit[min(k, len(args.limit) - 1)], args.split_seed)
+                  for k, (name, part) in enumerate(splits.items())}
+    report["counts"] = {name: len(part) for name, part in splits.items()}
+    if empty := [name for name, n in report["counts"].items() if not n]:
+        raise ValueError(f"no annotation is left in {empty}; give more data, or lower --min_share")
+    return task, splits, report
+
+
+def example_pool(args, splits):
+    """Where the examples of Q-1S and Q-2S come from; None for the other methods."""
+    pool = splits["train" if follows(args)["P1"] == "paper" else "test"]  # [choice.P1]
+    return data.example_pool(pool) if METHODS[args.method].shots else None
+
+
+def encode_split(args, tokenizer, task, splits, split, say=print):
+    """Returns the Encoded of one split; says what was shortened and who has too few examples."""
+    method = METHODS[args.method]
+    encoded, too_few = data.encode(
+        tokenizer, task, method, splits[split], args.max_length, example_pool(args, splits), args.split_seed,
+        train_eos=follows(args)["T2"] == "paper", chat_template=getattr(args, "chat_template", False))
+    if encoded.n_shortened:
+        say(f"{split}: {encoded.n_shortened} prompts are shortened to {args.max_length} tokens")
+    if too_few:
+        say(f"{split}: {too_few} annotations are of users with fewer than {method.shots} examples")
+    return encoded
+
+
+def arguments_of(args):
+    """Every argument by name, as JSON has it."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return plain | {"follow": follows(args)}
+
+
+def describe_run(args, report, model=None):
+    """What config.json holds: every argument, versions, commit, the model's commit, data."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent, check=False).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "arguments": arguments_of(args), "note": args.note, "commit": commit or None,
+        "model_commit": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__, "numpy": np.__version__},
+        "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores", "data": report,
+    }
+
+
+def write_json(path, value):
+    lora.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+# ---- Processes ----
+
+
+class Processes(NamedTuple):
+    """This process among those of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+ALONE = Processes()
+
+
+def from_all(value):
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def summed(array, device):
+    """The sum of an array over all processes."""
+    tensor = torch.from_numpy(array).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.cpu().numpy()
+
+
+def to_device(array, device):
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+# ---- Scores of a classifier ----
+
+
+@torch.inference_mode()
+def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress=""):
+    """Returns the probabilities of the N annotations, float32 (N, L): each distinct prompt is computed once.
+
+    Every process computes its share of the prompts, so each annotation counts once for any number of them.
+    """
+    model.eval()
+    lengths, prefix = encoded.lengths, data.shared_prefix(encoded) if model.shares_prefix else 0
+    mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
+    scores = np.zeros((len(lengths), encoded.labels.shape[1]), np.float32)
+    batches = data.micro_batches(lengths, mine, tokens_per_batch)
+    for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
+        input_ids = to_device(data.pad([encoded.prompt(m) for m in batch], 0), processes.device)
+        logits = model(input_ids, to_device(lengths[batch], processes.device), prefix)
+        scores[batch] = torch.sigmoid(logits).cpu().numpy()
+    return summed(scores, processes.device)[encoded.prompt_index]
+
+
+# ---- Generated responses ----
+
+
+class LabelSequences:
+    """The token sequences of all responses with distinct labels in sorted order: an automaton over token ids.
+
+    A state is a set of (label before or -1, label, tokens of it that are written): a label may begin as
+    another one does. Raises: ValueError if the tokenizer writes a label in different ways behind others.
+    """
+
+    def __init__(self, tokenizer, label_names):
+        def ids(*names):
+            return tokenizer("\n" + ", ".join(names), add_special_tokens=False)["input_ids"]
+
+        self.end, self.moves = tokenizer.eos_token_id, {}
+        self.first, self.following = [ids(name) for name in label_names], [None] * len(label_names)
+        for j, name in enumerate(label_names):
+            for before, written in zip(label_names[:j], self.first, strict=False):
+                tokens = ids(before, name)
+                own = tokens[len(written):]
+                if tokens[: len(written)] != written or self.following[j] not in (None, own):
+                    raise ValueError(f"--constrain: this tokenizer joins {name!r} with the label before it")
+                self.following[j] = own
+        self.start = frozenset((-1, j, 0) for j in range(len(label_names)))
+
+    def allowed(self, state):
+        """{token: next state}, never empty."""
+        if state not in self.moves:
+            moves = {}
+            for before, j, n in state:
+                tokens = self.first[j] if before < 0 else self.following[j]
+                if n < len(tokens):
+                    moves.setdefault(tokens[n], set()).add((before, j, n + 1))
+                else:
+                    moves.setdefault(self.end, set())
+                    for k in range(j + 1, len(self.first)):
+                        moves.setdefault(self.following[k][0], set()).add((j, k, 1))
+            if not moves:
+                raise ValueError("--constrain: no token is allowed here")
+            self.moves[state] = {token: frozenset(after) for token, after in moves.items()}
+        return self.moves[state]
+
+
+def longest_response(tokenizer, label_names):
+    """The number of tokens of the response that names every label."""
+    return len(tokenizer("\n" + build_response(label_names), add_special_tokens=False)["input_ids"])
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes=ALONE, constrain=False,
+             progress=""):
+    """Returns the greedy responses of the M distinct prompts, and the number of decoding steps.
+
+    Decoders read the prompts' shared prefix once, are padded on the left, in batches of like length, and stop
+    at the end token or the longest possible answer. `constrain` allows sequences of labels only, whose forced
+    tokens cost a decoder no step.
+    """
+    model.eval()
+    sequences = LabelSequences(tokenizer, label_names) if constrain else None
+    limit, lengths = longest_response(tokenizer, label_names), encoded.lengths
+    prefix = data.shared_prefix(encoded) if model.shares_prefix else 0
+    mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
+    batches, responses, steps = data.micro_batches(lengths + limit, mine, tokens_per_batch), {}, 0
+    for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
+        prompts = [encoded.prompt(m) for m in batch]
+        written, batch_steps = decode(model, prompts, prefix, processes.device, limit, tokenizer.eos_token_id,
+                                      sequences)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        responses.update(zip(batch.tolist(), texts, strict=True))
+        steps += batch_steps
+    responses = {m: text for part in from_all(responses) for m, text in part.items()}
+    return [responses[m] for m in range(len(lengths))], sum(from_all(steps))
+
+
+def decode(model, prompts, prefix, device, limit, end, sequences=None):
+    """Greedy decoding of one batch; returns (token ids of each response without its end, decoding steps).
+
+    What a row has yet to read, its prompt at first, is `pending`; rows are aligned at their last token, and
+    the mask hides the padding that this leaves between them.
+    """
+    n, decoder, inputs, cache, step = len(prompts), not model.config.is_encoder_decoder, {}, None, 0
+    written, running = [[] for _ in prompts], [True] * n
+    states = [sequences.start] * n if sequences else None
+    mask = torch.ones(n, prefix, dtype=torch.long, device=device)
+    if decoder:
+        pending = [ids[prefix:] for ids in prompts]
+        if prefix:
+            shared = to_device(prompts[0][None, :prefix].astype(np.int64), device)
+            cache = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(n)
+    else:
+        pending = [[model.config.decoder_start_token_id]] * n
+        input_ids = to_device(data.pad(prompts, 0), device)
+        real = lora.real_tokens(input_ids, to_device(np.array([len(ids) for ids in prompts]), device))
+        encoder_outputs = model.encoder(input_ids=input_ids, attention_mask=real)
+        inputs = {"attention_mask": real, "encoder_outputs": encoder_outputs}
+    while any(running):
+        ids = to_device(data.pad(pending, 0, left=True), device)
+        if decoder:
+            real = data.pad([np.ones(len(new), np.int64) for new in pending], 0, left=True)
+            mask = torch.cat([mask, to_device(real, device)], dim=1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions,
+                      "logits_to_keep": 1}
+        else:
+            inputs["decoder_input_ids"] = ids
+        answer = model(**inputs, past_key_values=cache, use_cache=True)
+        cache, logits, step = answer.past_key_values, answer.logits[:, -1].float().cpu(), step + 1
+        best = logits.argmax(-1).tolist()
+        for row in range(n):
+            pending[row] = [end]  # what a finished row reads does not matter
+            if not running[row]:
+                continue
+            choices = sequences.allowed(states[row]) if sequences else {best[row]: None}
+            token, pending[row] = max(choices, key=logits[row].__getitem__), []
+            while running[row]:
+                pending[row].append(token)
+                running[row] = token != end and len(written[row]) < limit
+                if running[row]:
+                    written[row].append(token)
+                    if sequences:
+                        states[row] = choices[token]
+                        choices = sequences.allowed(states[row])
+                    if not sequences or len(choices) > 1 or not decoder:
+                        break
+                    token = next(iter(choices))
+    return written, step
+
+
+# ---- GPT API: any OpenAI-compatible POST {api_base}/chat/completions ----
+
+OPENAI_BASE = "https://api.openai.com/v1"
+# US dollars per million tokens (prompt, completion); source: developers.openai.com/api/docs/models, 2026-11.
+# The paper's models, gpt-3.5-turbo and gpt-4, were shut down there on 2026-10-23: their last prices.
+PRICES = {"gpt-3.5-turbo": (0.5, 1.5), "gpt-4": (30, 60), "gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6)}
+BYTES_PER_TOKEN = 4  # of an estimate: 4.2 to 5.0 by GPT-4's tokenizer (cl100k) on the paper's prompts
+CHAT_TOKENS = 8  # what the chat format adds to one message: 7 at OpenAI
+BACKOFF_S, BACKOFF_CAP_S, RETRY_AFTER_CAP_S = 1.0, 60.0, 120.0
+STOP_AFTER_FAILURES = 20  # requests in a row that failed in spite of their retries
+ACCEPTED = {200: ("answered", "refused", "empty"), 400: ("refused",)}  # 400: a content filter at Azure
+TOKENS = ("prompt_tokens", "completion_tokens")
+
+
+class ApiError(ValueError):
+    """What no retry mends: the run stops, and what was received is kept."""
+
+
+def is_api_model(model, api_base=None):
+    """True if `model` is asked over HTTP: a GPT name, or any name when --api_base is given."""
+    return api_base is not None or model.startswith("gpt-")
+
+
+def _dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def read_answer(answer):
+    """Returns the record of a JSON object that may hold anything; it has a response if answered."""
+    choices, usage, error = answer.get("choices"), _dict(answer.get("usage")), answer.get("error")
+    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
+    message, model = _dict(choice.get("message")), answer.get("model")
+    content, code = message.get("content"), _dict(error).get("code")
+    filtered = message.get("refusal") or "content_filter" in (choice.get("finish_reason"), code)
+    answered = isinstance(content, str) and content.strip() and not filtered
+    status = "refused" if filtered else "answered" if answered else "failed" if error else "empty"
+    known = all(type(usage.get(name)) is int and 0 <= usage[name] < 10**9 for name in TOKENS)
+    return {"status": status, "response": content if answered else None,
+            "truncated": choice.get("finish_reason") == "length",
+            "error": str(_dict(error).get("message") or error) if error else None,
+            "model": model if isinstance(model, str) else None,
+            **{name: usage[name] if known else None for name in TOKENS}}
+
+
+def retry_after_s(value):
+    """Seconds of a Retry-After header, a number or an HTTP date: 0 if there is none, and with a cap."""
+    try:
+        seconds = (float(value) if value[:1].isdigit()
+                   else email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP_S)
+
+
+class ApiClient:
+    """One server, and the key for it: only the Authorization header ever shows it."""
+
+    def __init__(self, api_base, key, timeout_s, concurrency):
+        self.url, self.host = f"{api_base}/chat/completions", urllib.parse.urlsplit(api_base).netloc
+        self.key, self.timeouts, self.session = key, (10, timeout_s), requests.Session()
+        self.session.mount(api_base, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
+        self.session.auth = lambda request: request  # without it, ~/.netrc would replace the key
+        if key:
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def redact(self, text):
+        """Text without the key; a placeholder for a local server ("none", "EMPTY") is no secret."""
+        return text.replace(self.key, "[key]") if len(self.key) >= 8 else text
+
+    def post(self, body):
+        """Returns (HTTP status or 0, answer, Retry-After in seconds). Raises: ApiError, if no retry helps."""
+        try:
+            reply = self.session.post(self.url, json=body, timeout=self.timeouts, allow_redirects=False)
+            status, headers, text = reply.status_code, reply.headers, reply.content.decode(errors="replace")
+        except requests.RequestException as broken:
+            status, headers, text = 0, {}, f"{type(broken).__name__}: {broken}"
+        try:  # through JSON and back, so that no escape hides a key
+            answer = json.loads(self.redact(json.dumps(json.loads(text), allow_nan=False)))
+            record = read_answer(answer)
+        except (ValueError, AttributeError, RecursionError):  # no JSON object
+            record = read_answer({"error": text or "nothing"})
+        if record["status"] in ACCEPTED.get(status, ()):
+            return status, answer, 0.0
+        words = self.redact(headers.get("Location") or record["error"] or text)
+        printable = "".join(c if c.isprintable() else " " for c in words)
+        error = f"{self.host}: HTTP {status or '(no answer)'}: {' '.join(printable.split())[:300]}"
+        if status < 500 and status not in (0, 200, 408, 409, 429):
+            raise ApiError(error)
+        return status, {"error": error}, retry_after_s(headers.get("Retry-After"))
+
+
+def open_cache(path, todo, dry_run):
+    """Returns (JSONL file to append to, {prompt hash: record} of what it answers of todo {key: line})."""
+    path = os.devnull if dry_run and not os.path.exists(path) else path
+    file, records, damaged, raw = open(path, "rb" if dry_run else "ab", buffering=0), {}, 0, b"\n"
+    if not dry_run:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here for the end of the first
+    with open(path, "rb") as lines:
+        for raw in lines:
+            try:
+                line = json.loads(raw)
+                if line.pop("crc32") != zlib.crc32(json.dumps(line).encode()):
+                    raise ValueError("checksum")
+                if line["key"] in todo and line["status"] != "failed":
+                    records[todo[line["key"]]["prompt_hash"]] = read_answer(line["answer"])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                damaged += 1  # or torn by a kill: it answers nothing
+    if not dry_run and not raw.endswith(b"\n"):
+        file.write(b"\n")
+    if damaged:
+        print(f"{path}: {damaged} damaged lines ignored, what they answered is asked again")
+    return file, records
+
+
+def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, concurrency=8,
+              timeout_s=60.0, max_retries=6, max_cost_usd=None, price_in=None, price_out=None, dry_run=False):
+    """Returns (records {prompt hash: record}, usage), after asking what `cache_path` does not answer yet.
+
+    Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Prices: USD per million tokens.
+    Raises: ValueError (the user's or server's no), OSError (the file); what was received is kept either way.
+    """
+    parts, api_key = urllib.parse.urlsplit(api_base), os.environ.get("OPENAI_API_KEY", "").strip()
+    if parts.scheme not in ("http", "https") or not parts.hostname or set("@?#") & set(api_base):
+        raise ValueError("--api_base: give http(s)://HOST/PATH, without user, password, query or fragment")
+    api_base, is_openai = api_base.rstrip("/"), f".{parts.hostname}".endswith(".openai.com")
+    prices = (price_in, price_out) if price_in is not None else PRICES.get(model) if is_openai else None
+    if (price_in is None) != (price_out is None) or prices is None and max_cost_usd is not None:
+        raise ValueError(f"the price of {model} at {api_base} is not known: give --price_in and --price_out")
+    if not all("!" <= character <= "~" and character not in '"\\' for character in api_key):
+        raise ValueError("OPENAI_API_KEY holds a space, a line break or a character that no key has")
+    todo = {}  # {cache key: line}; the key has the server: a name may be another model there
+    for prompt_hash, prompt in prompts.items():
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+                "max_tokens": max_tokens}  # [choice.E5]
+        key = hashlib.sha256(json.dumps([api_base, body], sort_keys=True).encode()).hexdigest()
+        todo[key] = {"prompt_hash": prompt_hash, "key": key, "api_base": api_base, "request": body}
+    file, records = open_cache(cache_path, todo, dry_run)
+    todo = {line["prompt_hash"]: line for line in todo.values() if line["prompt_hash"] not in records}
+    usage = {"prompts": len(prompts), "cached": len(records), "requests": 0, "retries": 0}
+    with file:
+        if dry_run:
+            tokens = _estimate([line["request"] for line in todo.values()], BYTES_PER_TOKEN)
+            usage["estimated_cost_usd"] = usd = _usd(prices, [tokens]) if prices else None
+            cost = f"{usd:.2f} USD" if prices else "cost unknown without --price_in"
+            print(f"dry run: {len(prompts)} distinct requests to {model}, {len(records)} cached, {len(todo)} "
+                  f"to send; estimated: {tokens['prompt_tokens']} prompt tokens ({BYTES_PER_TOKEN} "
+                  f"bytes each), at most {tokens['completion_tokens']} completion tokens, {cost}")
+        elif todo:
+            if is_openai and not api_key:
+                raise ValueError(f"OPENAI_API_KEY is not set, or empty: {api_base} wants a key in it")
+            client = ApiClient(api_base, api_key, timeout_s, concurrency)
+            try:
+                _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, usage)
+            except (ApiError, OSError, KeyboardInterrupt) as stop:
+                n_kept = sum(record["status"] != "failed" for record in records.values())
+                raise type(stop)(f"{str(stop) or 'interrupted'}; {n_kept} of {len(prompts)} answers are kept "
+                                 f"in {cache_path}, the same command goes on from there") from None
+    for status in ("answered", "refused", "empty", "failed"):
+        usage[status] = sum(record["status"] == status for record in records.values())
+    usage.update({name: sum(record[name] or 0 for record in records.values()) for name in TOKENS})
+    usage["cost_usd"] = _usd(prices, records.values()) if prices else None
+    usage["models"] = sorted({record["model"] for record in records.values() if record["model"]})
+    return records, usage
+
+
+def _usd(prices, counts):
+    return sum(price * (count[name] or 0) / 1e6
+               for count in counts for price, name in zip(prices or (0.0, 0.0), TOKENS, strict=True))
+
+
+def _estimate(bodies, bytes_per_token):
+    """Tokens of requests; 1 byte per token gives an upper bound: a byte-level token is at least a byte."""
+    sizes = [len(body["messages"][0]["content"].encode("utf-8", "surrogatepass")) for body in bodies]
+    return {"prompt_tokens": sum(math.ceil(size / bytes_per_token) + CHAT_TOKENS for size in sizes),
+            "completion_tokens": sum(body["max_tokens"] for body in bodies)}
+
+
+def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, usage):
+    """Asks for todo {prompt hash: line}, `concurrency` at a time; fills the file, records and usage.
+
+    Each attempt is a line of the file; what it may cost at most is reserved before.
+    """
+    spent, reached, n_failed, in_a_row = _usd(prices, records.values()), False, 0, 0
+    waiting = [(prompt_hash, 1, 0.0) for prompt_hash in reversed(todo)]  # attempt, seconds to wait before
+    under_way, lock, stop = {}, threading.Lock(), threading.Event()
+
+    def ask(prompt_hash, attempt, wait_s):
+        if stop.wait(wait_s):
+            return 0, 0.0
+        status, answer, wait_s = client.post(todo[prompt_hash]["request"])
+        record, now = read_answer(answer), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = todo[prompt_hash] | {
+            "attempt": attempt, "time": now, "status": record["status"], "answer": answer}
+        encoded = json.dumps({**line, "crc32": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
+        with lock:
+            if file.write(encoded) < len(encoded):
+                raise OSError("no space left for a whole line")
+            records[prompt_hash] = record
+        return status, wait_s
+
+    with futures.ThreadPoolExecutor(concurrency) as pool, tqdm(
+            total=usage["prompts"], initial=usage["cached"], desc=client.host, unit="prompt") as bar:
+        try:
+            while waiting or under_way:
+                while waiting and len(under_way) < concurrency:
+                    worst = _usd(prices, [_estimate([todo[waiting[-1][0]]["request"]], bytes_per_token=1)])
+                    most = spent + worst + sum(usd for _, _, usd in under_way.values())
+                    if max_cost_usd is not None and most > max_cost_usd:
+                        break  # what is under way may cost less
+                    task = waiting.pop()
+                    under_way[pool.submit(ask, *task)] = (*task[:2], worst)
+                if not under_way:
+                    raise ApiError(f"--max_cost {max_cost_usd}: {spent:.4f} USD spent; up to {worst:.4f}")
+                for future in futures.wait(under_way, return_when=futures.FIRST_COMPLETED).done:
+                    prompt_hash, attempt, worst = under_way.pop(future)
+                    status, wait_s = future.result()
+                    record, reached = records[prompt_hash], reached or status > 0
+                    perhaps_charged = record["prompt_tokens"] is None and status in (0, 200)  # or lost
+                    spent += worst if perhaps_charged else _usd(prices, [record])
+                    failed, usage["requests"] = record["status"] == "failed", usage["requests"] + 1
+                    usage["retries"] += attempt > 1
+                    if failed and attempt <= (max_retries if reached else min(2, max_retries)):
+                        jitter_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (attempt - 1)))
+                        waiting.append((prompt_hash, attempt + 1, max(wait_s, jitter_s)))
+                        continue
+                    n_failed, in_a_row = n_failed + failed, in_a_row + 1 if failed else 0
+                    bar.set_postfix(cached=usage["cached"], failed=n_failed, USD=spent if prices else "?")
+                    bar.update()
+                    if not reached or in_a_row == STOP_AFTER_FAILURES:
+                        problem = f"{in_a_row} requests in a row failed" if reached else "cannot reach"
+                        raise ApiError(f"{problem}: {record['error']}")
+        finally:
+            stop.set()
+    os.fsync(file.fileno())
+
+
+# ---- Evaluation: predictions and metrics on disk ----
+
+
+def rows_of_gold(annotations, encoded):
+    """What a row of predictions_SPLIT.jsonl says of an annotation, in the order of the data set."""
+    for n, (item, user) in enumerate(zip(annotations.text_index, annotations.user_index)):
+        yield {"text_id": annotations.text_ids[item], "user_id": annotations.users[user],
+               "prompt": encoded.hashes[encoded.prompt_index[n]], "gold": annotations.label_set(n)}
+
+
+def rows_of_scores(annotations, encoded, scores):
+    """The rows of a classifier; the labels whose probability reaches 0.5, as in the paper, are predicted."""
+    names = annotations.label_names
+    for row, own in zip(rows_of_gold(annotations, encoded), scores, strict=True):
+        predicted = [names[k] for k in np.flatnonzero(own >= 0.5)]
+        yield row | {"predicted": predicted, "scores": [round(float(score), 6) for score in own]}
+
+
+def rows_of_responses(annotations, encoded, responses, released_parser=False):
+    """The rows of generated text: responses, one per distinct prompt, None where there is no answer."""
+    parsed = [parse_response(response or "", annotations.label_names, released_parser)
+              for response in responses]
+    for row, m in zip(rows_of_gold(annotations, encoded), encoded.prompt_index, strict=True):
+        yield row | {"predicted": parsed[m][0], "response": responses[m], "not_understood": parsed[m][1]}
+
+
+def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(), **further):
+    """Writes predictions_SPLIT.jsonl and metrics_SPLIT.json; returns the metrics."""
+    rows = list(rows)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    lora.write_atomically(Path(out, f"predictions_{split}.jsonl"), lambda path: path.write_text(text))
+    result = metrics.evaluate(rows, label_names, thresholds, unseen_users) | further
+    write_json(Path(out, f"metrics_{split}.json"), result)
+    return result
+
+
+def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test", processes=ALONE):
+    """Predicts a split and writes its predictions and metrics; the first process returns the metrics.
+
+    For a classifier, thresholds are tuned on val; for CLS, if train is encoded, the baselines are computed.
+    """
+    started, result, label_names = time.perf_counter(), None, splits[split].label_names
+    if METHODS[args.method].family != "cls":
+        responses, steps = generate(model, tokenizer, encoded[split], label_names, args.micro_batch_tokens,
+                                    processes, args.constrain, split)
+        rows = rows_of_responses(splits[split], encoded[split], responses, follows(args)["E2"] == "released")
+        if not processes.rank:
+            result = write_results(args.out, split, rows, label_names, None, unseen_users,
+                                   decoding_steps=steps, seconds=time.perf_counter() - started)
+        return result
+    scores, thresholds = {}, None
+    for name in ("val", "test") if split == "test" else ("val",):
+        scores[name] = predict_scores(model, encoded[name], args.micro_batch_tokens, processes, name)
+        if not processes.rank:
+            rows = rows_of_scores(splits[name], encoded[name], scores[name])
+            result = write_results(args.out, name, rows, label_names, thresholds, unseen_users,
+                                   seconds=time.perf_counter() - started)
+            thresholds = metrics.tune_thresholds(splits[name].labels, scores[name])
+    if args.method == "cls" and "train" in encoded and split == "test":
+        scores["train"] = predict_scores(model, encoded["train"], args.micro_batch_tokens, processes,
+                                         "baselines")
+        if not processes.rank:
+            write_json(args.out / "baselines_test.json", evaluate_baselines(splits, scores))
+    return result
+
+
+def evaluate_baselines(splits, scores):
+    """{name: metrics on test} of what reads no User ID and must be beaten; scores {split: (N, L)} of CLS.
+
+    All labels, always; each user's label frequencies; CLS plus a bias per user and label, fitted on train.
+    """
+    train, n_users = splits["train"], len(splits["train"].users)
+    clipped = {name: np.clip(own, 1e-6, 1 - 1e-6) for name, own in scores.items()}
+    logits = {name: np.log(own / (1 - own)) for name, own in clipped.items()}
+    bias = metrics.fit_user_bias(logits["train"], train.labels, train.user_index, n_users)
+    predict = {
+        "always_all": lambda name: np.ones(splits[name].labels.shape),
+        "user_frequencies": lambda name: metrics.user_frequencies(
+            train.labels, train.user_index, splits[name].user_index, n_users),
+        "user_bias": lambda name: 1 / (1 + np.exp(-logits[name] - bias[splits[name].user_index])),
+    }
+    result, gold = {}, splits["test"].labels
+    for name, of_split in predict.items():
+        test, thresholds = of_split("test"), metrics.tune_thresholds(splits["val"].labels, of_split("val"))
+        result[name] = {"f1_macro": metrics.f1_macro(gold, test >= 0.5),
+                        "f1_macro_tuned": metrics.f1_macro(gold, test >= thresholds),
+                        "mean_average_precision": metrics.mean_average_precision(gold, test),
+                        "log_loss": metrics.log_loss(gold, test)}
+    return result
+
+
+def format_metrics(result):
+    """The main figures of a metrics file in one line."""
+    names = ("f1_macro", "f1_macro_tuned", "f1_micro", "mean_average_precision", "log_loss",
+             "share_not_understood", "share_empty_answers")
+    figures = ", ".join(f"{name} {result[name]:.4f}" for name in names if result.get(name) is not None)
+    return (f"{figures}; {result['n_annotations']:,} annotations of {result['n_texts']:,} texts by "
+            f"{result['n_users']} users, {result['seconds']:.0f} s")
+
+
+# ---- A trained run: evaluate it again, or show it texts ----
+
+
+def load_run(directory, given):
+    """Returns the arguments of a training run, from its config.json.
+
+    Raises: FileNotFoundError; ValueError if `given`, from the command line, contradicts the run.
+    """
+    path = Path(directory, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
+    args = argparse.Namespace(**json.loads(path.read_text())["arguments"])
+    args.out, args.follow = Path(directory), list(args.follow.items())
+    for name, value in given.items():
+        if name == "micro_batch_tokens":
+            args.micro_batch_tokens = value
+        elif name != "out" and getattr(args, name, value) != value:
+            raise ValueError(f"--run {directory} was trained with {name} {getattr(args, name)}, not {value}: "
+                             f"leave --{name} out")
+    return args
+
+
+def load_trained(args, label_names, device):
+    """The model of a finished run, with its adapter."""
+    family, dtype = METHODS[args.method].family, lora.DTYPES[args.dtype]
+    model = lora.build_model(args.model, family, len(label_names), args.quantize, dtype, device,
+                             args.revision)
+    model.last_layer_trains = family == "cls" or follows(args)["T4"] == "released"
+    lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules, args.model)
+    lora.load_adapter(model, args.out)
+    return model.eval()
+
+
+def show_users(args, texts, users, device):
+    """Prints a table users x labels for each text: probabilities, or 1 for a generated label."""
+    task, splits, _ = load_splits(args)
+    names, train, n = task.label_names, splits["train"], len(users)
+    if strangers := sorted(set(users) - {train.users[k] for k in np.unique(train.user_index)}):
+        print(f"unseen in training, so only a guess: users {', '.join(strangers)}")
+    tokenizer, model = lora.load_tokenizer(args.model, args.revision), load_trained(args, names, device)
+    asked = data.Annotations(
+        [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
+        np.tile(np.arange(n), len(texts)), np.zeros((len(texts) * n, len(names)), bool), names)
+    encoded, _ = data.encode(tokenizer, task, METHODS[args.method], asked, args.max_length)
+    processes = Processes(device=device)
+    if METHODS[args.method].family == "cls":
+        scores = predict_scores(model, encoded, args.micro_batch_tokens, processes)
+    else:
+        responses, _ = generate(model, tokenizer, encoded, names, args.micro_batch_tokens, processes,
+                                args.constrain)
+        chosen = [parse_response(responses[m], names)[0] for m in encoded.prompt_index]
+        scores = np.array([[name in row for name in names] for row in chosen], float)
+    width, column = max(map(len, names)) + 2, max(8, *(len(user) + 2 for user in users))
+    for number, text in enumerate(texts):
+        print(f"\n{text}\n{'user':<{width}}" + "".join(f"{user:>{column}}" for user in users))
+        for name, row in zip(names, scores[number * n: (number + 1) * n].T, strict=True):
+            print(f"{name:<{width}}" + "".join(f"{score:>{column}.2f}" for score in row))
+
+
+def use_run(args, given, device):
+    """`--run DIR`: shows texts to users, or evaluates a split and returns its metrics."""
+    run = load_run(args.run, given)
+    if args.text or args.text_file:
+        if not args.users:
+            raise ValueError("--text needs --users: the IDs of the users who would label it")
+        lines = [args.text] if args.text else args.text_file.read_text(encoding="utf-8").splitlines()
+        return show_users(run, [line for line in lines if line.strip()], args.users, device)
+    task, splits, report = load_splits(run)
+    tokenizer = lora.load_tokenizer(run.model, run.revision)
+    encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
+    model = load_trained(run, task.label_names, device)
+    return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
+                    Processes(device=device))
+
+
+# ---- Queries ----
+
+
+def query_model(args, device):
+    """Asks an untrained local model; returns the metrics of what it answers."""
+    lora.check_by_name(args.model, args.dtype, device)
+    tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
+    task, splits, report = load_splits(args)
+    print(data.format_report(report))
+    encoded = {args.split: encode_split(args, tokenizer, task, splits, args.split)}
+    model = lora.build_model(args.model, "query", 0, args.quantize, lora.DTYPES[args.dtype], device,
+                             args.revision)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "config.json", describe_run(args, report, model))
+    return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
+                    Processes(device=device))
+
+
+def query_server(args):
+    """Asks a model over HTTP; returns the metrics of what it answers, None after a dry run."""
+    task, splits, report = load_splits(args)
+    print(data.format_report(report))
+    started, annotations, method = time.perf_counter(), splits[args.split], METHODS[args.method]
+    inputs, prompt_index, too_few = data.prompt_inputs(method, annotations, example_pool(args, splits),
+                                                       args.split_seed)
+    if too_few:
+        print(f"{args.split}: {too_few} annotations are of users with fewer than {method.shots} examples")
+    texts = ["".join(build_prompt(task, method, *one)) for one in inputs]
+    prompts = {data.prompt_hash(text): text for text in texts}
+    if not args.dry_run:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(args.out / "config.json", describe_run(args, report))
+    most = len(build_response(task.label_names).encode())  # a token is at least a byte
+    records, usage = query_api(prompts, args.model, args.out / "answers.jsonl", args.api_base or OPENAI_BASE,
+                               min(most, args.max_tokens), args.concurrency, args.timeout_s, args.max_retries,
+                               args.max_cost, args.price_in, args.price_out, args.dry_run)
+    if args.dry_run:
+        return None
+    if usage["failed"]:
+        raise ValueError(f"{usage['failed']} of {len(prompts)} requests failed: the same command asks again")
+    hashes = list(prompts)
+    encoded = data.Encoded(None, None, prompt_index, None, hashes)
+    responses = [records[one]["response"] for one in hashes]
+    rows = rows_of_responses(annotations, encoded, responses, follows(args)["E2"] == "released")
+    return write_results(args.out, args.split, rows, task.label_names, None, report["unseen_users"],
+                         usage=usage, seconds=time.perf_counter() - started)
+
+
+def not_negative(text):
+    """argparse type of a finite number of at least 0."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Predict how annotators label texts.", allow_abbrev=False)
+    add_arguments(parser, list(METHODS))
+    parser.set_defaults(model=None)
+    add = parser.add_argument
+    add("--run", type=Path, help="directory of a training run")
+    add("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
+    add("--text", help="a text to show to --users")
+    add("--text_file", type=Path, help="the same, one text per line")
+    add("--users", nargs="+", help="IDs of the users who see --text")
+    add("--chat_template", action="store_true",
+        help="wrap a query in the model's own chat template (default: the plain prompt)")  # [choice.P7]
+    add("--api_base", help=f"ask an OpenAI-compatible server (default for GPT names: {OPENAI_BASE})")
+    add("--dry_run", action="store_true", help="print what the API would cost and send nothing")
+    add("--max_cost", type=not_negative, metavar="USD", help="stop the API before this is exceeded")
+    add("--price_in", type=not_negative, help="US dollars per million prompt tokens (default: a dated table)")
+    add("--price_out", type=not_negative, help="the same of completion tokens")
+    add("--max_tokens", type=positive, default=64, help="of an answer of the API (default: %(default)s)")
+    add("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
+    add("--timeout_s", type=positive, default=60, help="of a request, in seconds (default: %(default)s)")
+    add("--max_retries", type=positive, default=6, help="of a request (default: %(default)s)")
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.run is None:
+        if args.method is None or METHODS[args.method].family != "query":
+            parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
+        args.model = args.model or "mistral"
+        complete(args)
+    return args, given
+
+
+def main(argv=None):
+    args, given = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if args.run is not None:
+            result = use_run(args, given, device)
+        elif is_api_model(args.model, args.api_base):
+            result = query_server(args)
+        else:
+            result = query_model(args, device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(stop or "interrupted", file=sys.stderr)
+        return 130
+    if result:
+        print(format_metrics(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
