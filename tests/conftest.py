@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory):
-    """goemotions/, unhealthy/ and models/{mistral,phi,neox,t5}/, written by tests/tiny.py without pretraining."""
+    """goemotions/, unhealthy/ and models/{mistral,phi,neox,t5}/ of tests/tiny.py, not pretrained."""
     import tiny
 
     directory = tmp_path_factory.mktemp("tiny")

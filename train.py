@@ -1,0 +1,557 @@
+"""Learning: data parallel or one process, mixed precision, the loop, checkpoints, final evaluation.
+
+Source: sections IV-B, IV-C, V-B, V-C and VI-C of the paper; the hyper-parameters are the authors' config's.
+
+    torchrun --nproc_per_node 4 train.py --method clsp --model mistral --dataset goemotions
+    python train.py --method lmp --model DIR --dataset annotations.csv        the same on one process
+
+The annotations of an optimizer step depend on the seed alone. The processes share them out and sum their
+gradients once per step, and so follow the same path whatever their number. Does not know prompts (prompts.py)
+or files of data (data.py).
+"""
+
+import argparse
+import datetime
+import fcntl
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+import infer
+import lora
+from infer import ALONE, Processes, from_all, summed, to_device
+from prompts import METHODS
+
+TIMEOUT = datetime.timedelta(minutes=30)  # a process waits for a dead one no longer than this
+
+# ---- Processes ----
+
+
+def start_processes():
+    """Returns the Processes of torchrun, or of one process."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return Processes(rank, world_size, device)
+
+
+def check_processes_agree(args, encoded, parameters):
+    """Raises ValueError if a process holds other data, arguments, code or weights than the first one."""
+    digest = hashlib.sha256(repr(sorted(vars(args).items())).encode())
+    for part in encoded.values():
+        digest.update(part.ids.tobytes() + part.prompt_index.tobytes() + part.labels.tobytes())
+    for parameter in parameters:
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    for script in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(script.read_bytes())
+    digests = from_all(digest.hexdigest())
+    if other := [r for r, found in enumerate(digests) if found != digests[0]]:
+        raise ValueError(f"processes {other} hold other data, arguments or code than process 0; start them "
+                         "alike")
+
+
+# ---- The loss of a step, by family ----
+
+
+def merge_items(encoded, rows):
+    """The distinct inputs of a step's annotations: k annotations of one prompt are one input of weight k.
+
+    Binary cross-entropy is linear in its target, so their summed loss is that of the mean target times k.
+    Returns (prompts (K,), responses (K,) or None, weights (K,), mean targets (K, L)).
+    """
+    prompts, responses = encoded.prompt_index[rows], encoded.response_index
+    key = prompts if responses is None else prompts.astype(np.int64) * (responses.max() + 1) + responses[rows]
+    _, first, inverse, weights = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+    targets = np.zeros((len(first), encoded.labels.shape[1]), np.float32)
+    np.add.at(targets, inverse, encoded.labels[rows])
+    return (prompts[first], None if responses is None else responses[rows][first], weights.astype(np.float32),
+            targets / weights[:, None])
+
+
+def cls_loss(model, encoded, prompts, responses, weights, targets, prefix, device):
+    """Weighted sum of the binary cross-entropies of K prompts and L labels. Source: section IV-B."""
+    input_ids = to_device(data.pad([encoded.prompt(m) for m in prompts], 0), device)
+    logits = model(input_ids, to_device(encoded.lengths[prompts], device), prefix)
+    return F.binary_cross_entropy_with_logits(  # [loss.cls]
+        logits, to_device(targets, device), to_device(weights[:, None], device), reduction="sum")
+
+
+def lm_loss(model, encoded, prompts, responses, weights, targets, prefix, device, all_positions=False):
+    """Weighted sum of the cross-entropies of the response tokens, or of all tokens. Source: section IV-C."""
+    prompt_ids, response_ids = [encoded.prompt(m) for m in prompts], [encoded.response(k) for k in responses]
+    if model.config.is_encoder_decoder:
+        inputs, starts = prompt_ids, [0] * len(prompts)
+        targets_of = response_ids
+    else:
+        inputs = targets_of = [np.concatenate(pair) for pair in zip(prompt_ids, response_ids, strict=True)]
+        starts = [1 if all_positions else len(ids) for ids in prompt_ids]  # [choice.T1]
+        prefix = 0 if all_positions else min(prefix, min(starts) - 1)
+    counts = np.array([len(ids) - start for ids, start in zip(targets_of, starts, strict=True)])
+    rows, pairs = np.repeat(np.arange(len(counts)), counts), list(zip(targets_of, starts, strict=True))
+    columns = np.concatenate([np.arange(start, len(ids)) for ids, start in pairs])
+    tokens = np.concatenate([ids[start:] for ids, start in pairs]).astype(np.int64)
+    lengths = np.array([len(ids) for ids in inputs])
+    rows, columns, tokens, lengths, weight, inputs, responses = (to_device(a, device) for a in (
+        rows, columns, tokens, lengths, weights[rows], data.pad(inputs, 0), data.pad(response_ids, 0)))
+    logits = lora.response_logits(model, inputs, lengths, rows, columns, responses, prefix)
+    return (F.cross_entropy(logits, tokens, reduction="none") * weight).sum()  # [loss.lm]
+
+
+class Objective:
+    """The summed loss of annotations, in micro-batches, shared out over the processes."""
+
+    def __init__(self, model, family, tokens_per_batch, processes=ALONE, all_positions=False):
+        self.model, self.family, self.tokens_per_batch = model, family, tokens_per_batch
+        self.processes, self.all_positions = processes, all_positions
+        self.decoder = family == "cls" or not model.config.is_encoder_decoder
+
+    def losses(self, encoded, rows, prefix):
+        """Yields the loss of each micro-batch of this process, a sum over terms."""
+        prompts, responses, weights, targets = merge_items(encoded, rows)
+        lengths = encoded.lengths[prompts]
+        if responses is not None and self.decoder:
+            lengths = lengths + np.diff(encoded.response_offsets)[responses]
+        mine = np.argsort(lengths, kind="stable")[self.processes.rank:: self.processes.world_size]
+        for batch in data.micro_batches(lengths, mine, self.tokens_per_batch):
+            items = (self.model, encoded, prompts[batch], None if responses is None else responses[batch],
+                     weights[batch], targets[batch], prefix, self.processes.device)
+            yield cls_loss(*items) if self.family == "cls" else lm_loss(*items, self.all_positions)
+
+    def terms(self, encoded, rows):
+        """The number of terms in the summed loss of these annotations: its normalizer, for all processes."""
+        if self.family == "cls":
+            return len(rows) * encoded.labels.shape[1]
+        terms = np.diff(encoded.response_offsets)[encoded.response_index[rows]].sum()
+        if self.decoder and self.all_positions:
+            terms += (encoded.lengths[encoded.prompt_index[rows]] - 1).sum()
+        return int(terms)
+
+    @torch.inference_mode()
+    def mean_loss(self, encoded, prefix):
+        """The loss over a whole split, the same on every process."""
+        self.model.eval()
+        rows = np.arange(len(encoded.prompt_index))
+        total = np.array([sum(loss.item() for loss in self.losses(encoded, rows, prefix))])
+        return float(summed(total, self.processes.device)[0] / self.terms(encoded, rows))
+
+
+# ---- One optimizer step ----
+
+
+class LossScale:
+    """The factor on the loss that keeps fp16 gradients above underflow; 1 for the other dtypes.
+
+    Source: Micikevicius et al. 2018, section 3.2; the constants of torch.amp.GradScaler.
+    """
+
+    def __init__(self, enabled):
+        self.enabled, self.value, self.good_steps, self.skipped = enabled, 2.0**16 if enabled else 1.0, 0, 0
+
+    def state(self):
+        return [self.value, self.good_steps, self.skipped]
+
+    def update(self, finite):
+        """Halves after an overflow; doubles after 2,000 good steps in a row."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        self.skipped += not finite
+        if not finite:
+            self.value /= 2
+        elif self.enabled and self.good_steps == 2000:
+            self.value, self.good_steps = self.value * 2, 0
+
+
+def flat_gradients(parameters, extra=2):
+    """One buffer that holds all gradients and `extra` numbers behind them: one all-reduce for a step."""
+    buffer = torch.zeros(sum(p.numel() for p in parameters) + extra, device=parameters[0].device)
+    start = 0
+    for parameter in parameters:
+        parameter.grad = buffer[start: start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    return buffer
+
+
+def learning_rate_at(step, total_steps, peak, warmup_ratio=0.05):
+    """Linear warm-up, then a half cosine down to 0; step counts from 0. Source: the authors' config."""
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * step / max(1, warmup)
+    share = (step - warmup) / max(1, total_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))  # [step.schedule]
+
+
+def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_grad_norm=1.0, stop=False):
+    """One optimizer step on the annotations `rows`; returns (mean loss, gradient norm, stop of any process).
+
+    Sum of gradients over all micro-batches and processes, unscale, clip, step; a step whose fp16 gradients
+    overflow is skipped. Raises: FloatingPointError, on all processes, if the loss is not finite.
+    """
+    objective.model.train()
+    buffer.zero_()
+    terms = objective.terms(encoded, rows)
+    for loss in objective.losses(encoded, rows, prefix):
+        (loss * (scale.value / terms)).backward()
+        buffer[-2] += loss.detach() / terms
+    buffer[-1], own_loss = float(stop), buffer[-2].item()
+    if dist.is_initialized():
+        dist.all_reduce(buffer)
+    gradients = buffer[:-2].div_(scale.value)  # unscale first (fsdp_qlora clipped before) [step.unscale]
+    norm = gradients.norm()
+    mean_loss, norm_value, stop = torch.stack([buffer[-2], norm, buffer[-1]]).tolist()
+    finite = math.isfinite(norm_value)
+    if not math.isfinite(mean_loss) or not (finite or scale.enabled):
+        where = [rank for rank, loss in enumerate(from_all(own_loss)) if not math.isfinite(loss)]
+        raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm_value}, process {where or '?'}")
+    scale.update(finite)
+    if finite:
+        gradients.mul_(min(1.0, max_grad_norm / (norm_value + 1e-6)))  # [step.clip]
+        optimizer.step()
+    return mean_loss, norm_value, stop > 0
+
+
+# ---- Checkpoints ----
+
+
+def save_checkpoint(directory, parameters, optimizer, state):
+    """Writes checkpoint/step-N.safetensors, one file with its own sha256, and keeps the one before it."""
+    tensors = {}
+    for k, parameter in enumerate(parameters):
+        tensors[f"parameter.{k}"] = parameter.detach()
+        for name, value in optimizer.state[parameter].items():
+            tensors[f"{name}.{k}"] = value
+    rng = torch.get_rng_state() if parameters[0].device.type == "cpu" else torch.cuda.get_rng_state()
+    states = from_all(rng)
+    if dist.is_initialized() and dist.get_rank():
+        return
+    tensors |= {f"rng.{rank}": one for rank, one in enumerate(states)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    directory.mkdir(exist_ok=True)
+    metadata = {"state": json.dumps(state | {"world_size": len(states)}), "sha256": digest_of(tensors)}
+    path = directory / f"step-{state['step']:08d}.safetensors"
+    lora.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    for old in sorted(directory.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def digest_of(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_checkpoint(directory, parameters, optimizer, processes):
+    """Restores the newest whole checkpoint; returns its state, or None if there is none.
+
+    Raises: ValueError if files are there and none is whole, or if they belong to another number of processes.
+    """
+    files = sorted(directory.glob("step-*.safetensors"), reverse=True)
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata()
+            if digest_of(tensors) != metadata["sha256"]:
+                raise SafetensorError("its content is not what was written")
+        except SafetensorError as error:
+            print(f"{path} is broken ({error}); the checkpoint before it is used", file=sys.stderr)
+            continue
+        state = json.loads(metadata["state"])
+        if state["world_size"] != processes.world_size:
+            raise ValueError(f"{path} is of {state['world_size']} processes, not {processes.world_size}: "
+                             f"use --nproc_per_node {state['world_size']}, or another --out")
+        for k, parameter in enumerate(parameters):
+            parameter.data.copy_(tensors[f"parameter.{k}"])
+            optimizer.state[parameter] = {name: tensors[f"{name}.{k}"].to(parameter.device)
+                                          for name in ("step", "exp_avg", "exp_avg_sq")}
+        rng = tensors[f"rng.{processes.rank}"]
+        torch.set_rng_state(rng) if parameters[0].device.type == "cpu" else torch.cuda.set_rng_state(rng)
+        return state
+    if files:
+        raise ValueError(f"no checkpoint in {directory} is whole; remove the directory to start again")
+    return None
+
+
+# ---- The run ----
+
+
+class Stopped(Exception):
+    """Training ended early, on a signal: (what to say, the signal)."""
+
+
+def remaining_steps(encoded, args, step, total):
+    """Yields (step, annotations) from the one behind `step` to the last, over as many epochs as they take."""
+    while step < total:
+        epoch, done = divmod(step, math.ceil(len(encoded.prompt_index) / args.batch_size))
+        steps = data.training_steps(encoded, args.batch_size, args.seed, epoch, args.merge_duplicates)
+        for rows in steps[done:]:
+            if step < total:
+                step += 1
+                yield step, rows
+
+
+def train(args, encoded, objective, optimizer, parameters, save_best):
+    """Trains until the last step; returns the state of the best validation.
+
+    encoded {"train", "val"}. After every validation: the adapter if it is the best so far, and a
+    checkpoint. Raises: Stopped, with a checkpoint, on a signal; ValueError, keeping the last one, on a NaN.
+    """
+    directory, rank = args.out / "checkpoint", objective.processes.rank
+    total = args.epochs * math.ceil(len(encoded["train"].prompt_index) / args.batch_size)
+    total = min(total, args.max_steps or total)
+    every = max(1, math.ceil(total / args.validations))
+    prefix = {name: data.shared_prefix(encoded[name]) if objective.model.shares_prefix else 0
+              for name in ("train", "val")}
+    scale, buffer = LossScale(args.dtype == "fp16"), flat_gradients(parameters)
+    state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state()}
+    if found := load_checkpoint(directory, parameters, optimizer, objective.processes):
+        state = found
+        scale.value, scale.good_steps, scale.skipped = state["scale"]
+        if not rank:
+            print(f"resumed at step {state['step']} of {total}")
+    log = Log(args.out / "log.jsonl", state["step"], encoded["train"], enabled=not rank)
+    bar = tqdm(total=total, initial=state["step"], desc="train", disable=rank > 0)
+    with StopSignal() as stop, bar:
+        for step, rows in remaining_steps(encoded["train"], args, state["step"], total):
+            optimizer.param_groups[0]["lr"] = learning_rate_at(step - 1, total, args.learning_rate)
+            try:
+                loss, norm, stopped = train_step(objective, optimizer, buffer, scale, encoded["train"], rows,
+                                                 prefix["train"], args.max_grad_norm, stop.received)
+            except FloatingPointError as error:
+                raise ValueError(f"step {step}: {error}; {kept_checkpoint(directory, state)}") from None
+            log.add(rows, loss)
+            bar.update()
+            validate = step % every == 0 or step == total
+            if validate or step % max(1, total // 1000) == 0:
+                log.write(step, learning_rate=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                          skipped_steps=scale.skipped)
+                bar.set_postfix(loss=f"{loss:.4f}")
+            if validate:
+                val_loss = objective.mean_loss(encoded["val"], prefix["val"])
+                log.write(step, val_loss=val_loss)
+                if not math.isfinite(val_loss):
+                    raise ValueError(f"step {step}: validation loss {val_loss}; "
+                                     f"{kept_checkpoint(directory, state)}")
+                if val_loss < state["best_val_loss"]:  # [choice.T7]
+                    state |= {"best_val_loss": val_loss, "best_step": step}
+                    save_best()
+            if validate or stopped:
+                state |= {"step": step, "scale": scale.state()}
+                save_checkpoint(directory, parameters, optimizer, state)
+            if stopped and step < total:
+                raise Stopped(f"stopped at step {step} of {total}, which is saved: the same command goes on",
+                              stop.received or signal.SIGTERM)
+    return state
+
+
+def kept_checkpoint(directory, state):
+    return (f"the checkpoint of step {state['step']} is kept in {directory}" if state["step"] else
+            "there is no checkpoint yet") + "; lower --learning_rate or use --dtype bf16"
+
+
+class StopSignal:
+    """Inside, SIGINT and SIGTERM ask for a checkpoint after the step; a second one ends at once."""
+
+    def __enter__(self):
+        self.received = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.received = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+
+
+class Log:
+    """log.jsonl: training loss, speed and memory since the last line, and validation losses."""
+
+    def __init__(self, path, step, encoded, enabled):
+        self.path, self.encoded, self.enabled = path, encoded, enabled
+        self.start()
+        if enabled and path.exists():  # what was logged behind the checkpoint is run again
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+            lora.write_atomically(path, lambda temporary: temporary.write_text(kept))
+
+    def start(self):
+        self.since, self.steps, self.samples, self.tokens, self.loss = time.perf_counter(), 0, 0, 0, 0.0
+
+    def add(self, rows, loss):
+        self.steps, self.samples, self.loss = self.steps + 1, self.samples + len(rows), self.loss + loss
+        self.tokens += int(self.encoded.lengths[self.encoded.prompt_index[rows]].sum())
+
+    def write(self, step, **figures):
+        """Appends a line; the clock starts anew, so that a validation counts for nothing."""
+        if self.steps:
+            seconds = time.perf_counter() - self.since
+            figures = {"loss": self.loss / self.steps, "samples_per_s": self.samples / seconds,
+                       "tokens_per_s": self.tokens / seconds, "peak_memory_gb": peak_memory_gb()} | figures
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | figures) + "\n")
+        self.start()
+
+
+def peak_memory_gb():
+    """Peak memory of the device in GB: allocated on a GPU, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def claim_out(args):
+    """Takes --out for this process alone; returns (the lock, config.json of the same command or None).
+
+    Raises: ValueError if another process is at work there, or if it holds a run with other arguments.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "w")  # held until the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {args.out} is in use by another run: wait, or use another --out") from None
+    path = args.out / "config.json"
+    if not path.exists():
+        return lock, None
+    config = json.loads(path.read_text())
+    old, new = config["arguments"], infer.arguments_of(args)
+    if different := sorted(k for k in new if json.dumps(old.get(k)) != json.dumps(new[k])):
+        was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
+        raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
+    return lock, config
+
+
+def build(args, n_labels, device):
+    """Returns the model with its LoRA layers, its trainable parameters and the names of the targets."""
+    torch.manual_seed(args.seed)  # before any weight is drawn, the same on all processes
+    family = METHODS[args.method].family
+    model = lora.build_model(args.model, family, n_labels, args.quantize, lora.DTYPES[args.dtype], device,
+                             args.revision)
+    model.last_layer_trains = family == "cls" or infer.follows(args)["T4"] == "released"  # [choice.T4]
+    targets = lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules,
+                            args.model)
+    return model, [p for p in model.parameters() if p.requires_grad], targets
+
+
+def print_arithmetic(args, encoded, counts, processes):
+    """Says once what a step is made of."""
+    mean_length = encoded.lengths[encoded.prompt_index].mean()
+    share = math.ceil(args.batch_size / processes.world_size)
+    micro = min(share, max(1, int(args.micro_batch_tokens / mean_length)))
+    print("{:,} parameters in the base, {:,} of them in NF4; {:,} train".format(*counts))
+    print(f"about {micro} x {math.ceil(share / micro)} accumulation x {processes.world_size} processes = "
+          f"{args.batch_size} annotations per step; {len(encoded.prompt_index):,} annotations of "
+          f"{mean_length:.0f} tokens an epoch; {args.dtype} on {processes.device}")
+
+
+def run(args, processes):
+    """The whole of a run, from the arguments to metrics_test.json."""
+    first, method = processes.rank == 0, METHODS[args.method]
+    say = print if first else lambda *_: None
+    infer.complete(args)
+    lora.check_by_name(args.model, args.dtype, processes.device)
+    tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
+    lock, old = claim_out(args) if first else (None, None)
+    if from_all(old is not None and (args.out / "metrics_test.json").exists())[0]:
+        say(f"{args.out} is finished: its result is in metrics_test.json")
+        return
+    task, splits, report = infer.load_splits(args)
+    say(data.format_report(report))
+    encoded = {name: infer.encode_split(args, tokenizer, task, splits, name, say) for name in splits}
+    model, parameters, targets = build(args, len(task.label_names), processes.device)
+    check_processes_agree(args, encoded, parameters)
+    if old and old["data"]["files"] != report["files"]:
+        raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
+    if first:
+        counts = lora.count_parameters(model)
+        print_arithmetic(args, encoded["train"], counts, processes)
+        if not old:
+            infer.write_json(args.out / "config.json", infer.describe_run(args, report, model) | {
+                "world_size": processes.world_size,
+                "parameters": dict(zip(("base", "quantized", "trainable"), counts, strict=True))})
+
+    def save_best():
+        if first:
+            lora.save_adapter(model, args.out, args.model, args.lora_r, args.lora_alpha, args.lora_dropout,
+                              targets, method.family)
+
+    torch.manual_seed(args.seed + 1 + processes.rank)  # dropout differs between processes
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
+    objective = Objective(model, method.family, args.micro_batch_tokens, processes,
+                          infer.follows(args)["T1"] == "paper")
+    state = train(args, encoded, objective, optimizer, parameters, save_best)
+    say(f"best validation loss {state['best_val_loss']:.4f} at step {state['best_step']}")
+    from_all(None)  # the adapter is on disk
+    lora.load_adapter(model, args.out)
+    result = infer.evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"],
+                            processes=processes)
+    if first:
+        say(infer.format_metrics(result))
+        shutil.rmtree(args.out / "checkpoint")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Fine-tune a model to label texts as one annotator would.",
+                                     allow_abbrev=False)
+    trained = [name for name, method in METHODS.items() if method.family != "query"]
+    infer.add_arguments(parser, trained)
+    add, source = parser.add_argument, "(default: %(default)s, the authors' config)"  # [choice.T6]
+    add("--epochs", type=infer.positive, default=10, help=source)
+    add("--max_steps", type=infer.positive, help="end after so many optimizer steps (default: all epochs)")
+    add("--batch_size", type=infer.positive, default=128,
+        help=f"annotations per optimizer step over all processes, 8 x 4 x 4 {source}")
+    add("--learning_rate", type=float, default=1e-4, help=f"peak {source}")
+    add("--max_grad_norm", type=float, default=1.0, help=source)
+    add("--validations", type=infer.positive, default=20, help=f"per run, that is every 5%% {source}")
+    add("--merge_duplicates", action="store_true",
+        help="keep the annotations of one prompt in one step, where they cost one pass (for cls and lm)")
+    args = parser.parse_args(argv)
+    if args.method is None:
+        parser.error(f"--method is needed: {', '.join(trained)}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    processes = start_processes()
+    try:
+        run(args, processes)
+    except (ValueError, OSError) as error:
+        print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        if not processes.rank:
+            print(stopped.args[0], file=sys.stderr)
+        return 128 + stopped.args[1]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
