@@ -1,0 +1,108 @@
+# make help                      what there is
+# make reproduce                 every cell of the paper's tables that this machine can fill; goes on where it stopped
+# make -n reproduce              the plan: one command per cell
+PYTHON ?= python3
+PROFILE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
+SEEDS ?= 1
+RUNS := runs/$(PROFILE)
+BIN := .venv/bin
+SCRIPTS := prompts.py metrics.py data.py lora.py infer.py train.py
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+help:
+	@echo "make setup       .venv with the exact versions of requirements*.txt (the other targets call it)"
+	@echo "make test        the tests: CPU, no network"
+	@echo "make reproduce   [PROFILE=tiny|small|paper] [SEEDS='1 2 3'] [MODEL=DIR] [CSV=annotations.csv]"
+	@echo "make bench       speed and memory beside transformers Trainer + peft, in the same run"
+	@echo "make chaos       kills and faults, many of them; what was lost"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       removes .venv, runs/ and caches; data/ stays"
+
+setup: .venv/done
+
+.venv/done: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 tests
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/mypy $(SCRIPTS)
+
+# ---- reproduce: a cell of the tables is runs/PROFILE/DATASET/MODEL/METHOD/SEED, made by one command ----
+
+TRAINED := lm lmp cls clsp
+QUERIES := q0s q1s q2s
+
+# tiny: the embedded default, written by tests/tiny.py
+TINY := $(RUNS)/inputs
+CELLS_tiny := $(foreach d,goemotions unhealthy,$(foreach m,$(QUERIES) $(TRAINED),$d/mistral/$m) $d/t5/cls $d/t5/clsp) \
+              goemotions/phi/cls goemotions/phi/clsp unhealthy/neox/lm unhealthy/neox/lmp
+TINY_QUERY = --data_dir $(TINY)/$1 --model $(TINY)/models/$2 --dtype fp32 --note "synthetic, tiny"
+ARGS_tiny = $(call TINY_QUERY,$1,$2) $(if $(filter $3,$(QUERIES)),,--batch_size 16 --lora_r 8 \
+  --learning_rate 3e-3 --epochs $(if $(filter t5,$2),3,6) --validations 3)
+
+# small: a real model of 135M parameters on the real corpora that are there; the same stated budget for every method
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+LIMIT ?= 3200 300 1293
+small_data := $(if $(CSV),csv,goemotions)
+CELLS_small := $(foreach d,$(small_data),$(foreach m,$(QUERIES) $(TRAINED),$d/smollm2/$m))
+ARGS_small = --model $(MODEL) $(if $(DATA_DIR),--data_dir $(DATA_DIR)) --limit $(LIMIT) --max_share 1 \
+  --note "SmolLM2-135M, $(LIMIT) annotations of train, val, test" $(if $(filter $3,$(QUERIES)),,\
+  --epochs 1 --batch_size 16 --lora_r 8 --learning_rate 5e-4 --validations 3)
+
+# paper: the authors' recipe is the scripts' default
+CELLS_paper := $(foreach d,goemotions unhealthy,\
+  $(foreach m,phi-2 stablelm mistral,$(addprefix $d/$m/,$(TRAINED))) $(addprefix $d/flan-t5/,cls clsp lm lmp) \
+  $(foreach m,mistral flan-t5 $(if $(OPENAI_API_KEY),gpt-3.5-turbo gpt-4),$(addprefix $d/$m/,$(QUERIES))))
+ARGS_paper = --model $2
+
+LAUNCH_tiny = $(if $(filter mistral/clsp,$2/$3),$(BIN)/torchrun --standalone --nproc_per_node 2,$(BIN)/python)
+LAUNCH_small = $(BIN)/python
+LAUNCH_paper = $(BIN)/torchrun --standalone --nproc_per_node $(shell nvidia-smi -L 2>/dev/null | wc -l)
+
+# $(call cell,DATASET,MODEL,METHOD,SEED)
+define cell
+$(RUNS)/$1/$2/$3/$4/metrics_test.json: $(INPUTS_$(PROFILE)) | setup
+	$(ENV_$(PROFILE)) $(if $(filter $3,$(QUERIES)),$(BIN)/python infer.py,$(call LAUNCH_$(PROFILE),$1,$2,$3) train.py) --method $3 \
+	  --dataset $(if $(filter csv,$1),$(CSV),$1) $(call ARGS_$(PROFILE),$1,$2,$3) --seed $4 --out $(RUNS)/$1/$2/$3/$4
+endef
+
+ENV_tiny := OMP_NUM_THREADS=1
+JOBS_tiny := 2
+INPUTS_tiny := $(TINY)/tiny.json
+# a query draws nothing: it is asked once, whatever the seeds
+QUERY_CELLS := $(foreach q,$(QUERIES),$(filter %/$q,$(CELLS_$(PROFILE))))
+TARGETS := $(foreach c,$(QUERY_CELLS),$(RUNS)/$c/$(firstword $(SEEDS))/metrics_test.json) \
+  $(foreach s,$(SEEDS),$(foreach c,$(filter-out $(QUERY_CELLS),$(CELLS_$(PROFILE))),$(RUNS)/$c/$s/metrics_test.json))
+$(foreach s,$(SEEDS),$(foreach c,$(CELLS_$(PROFILE)),$(eval $(call cell,$(word 1,$(subst /, ,$c)),$(word 2,$(subst /, ,$c)),$(word 3,$(subst /, ,$c)),$s))))
+
+$(TINY)/tiny.json: tests/tiny.py prompts.py | setup
+	$(BIN)/python tests/tiny.py $(TINY)
+
+plan: setup
+	@$(BIN)/python tests/plan.py $(PROFILE) $(TARGETS)
+
+cells: $(TARGETS)
+
+reproduce: plan
+	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells
+	$(BIN)/python metrics.py tables $(RUNS) --figures
+	@$(BIN)/python tests/plan.py --missing $(PROFILE)
+
+bench: setup
+	$(BIN)/python tests/bench/train.py
+	$(BIN)/python tests/bench/data.py
+	$(BIN)/python tests/bench/api.py
+
+chaos: setup
+	$(BIN)/python tests/chaos.py
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+
+.PHONY: help setup test lint plan cells reproduce bench chaos clean
+.DELETE_ON_ERROR:
