@@ -40,7 +40,7 @@ QUERIES := q0s q1s q2s
 # tiny: the embedded default, written by tests/tiny.py
 TINY := $(RUNS)/inputs
 CELLS_tiny := $(foreach d,goemotions unhealthy,$(foreach m,$(QUERIES) $(TRAINED),$d/mistral/$m) $d/t5/cls $d/t5/clsp) \
-              goemotions/phi/cls goemotions/phi/clsp unhealthy/neox/lm unhealthy/neox/lmp
+              goemotions/phi/cls goemotions/phi/clsp unhealthy/neox/cls unhealthy/neox/clsp
 TINY_QUERY = --data_dir $(TINY)/$1 --model $(TINY)/models/$2 --dtype fp32 --note "synthetic, tiny"
 ARGS_tiny = $(call TINY_QUERY,$1,$2) $(if $(filter $3,$(QUERIES)),,--batch_size 16 --lora_r 8 \
   --learning_rate 3e-3 --epochs $(if $(filter t5,$2),3,6) --validations 3)

@@ -684,8 +684,8 @@ def add_arguments(parser):
                         "0.05, its counts are those of 0.01 (default: %(default)s)")
     parser.add_argument("--max_share", type=share, default=0.6, help="a user with more than this share is "
                         "cut down to it; 1.0: no cut (default: %(default)s)")
-    parser.add_argument("--split_seed", type=int, default=42, help="of the cut, of a split by text and of the "
-                        "choice of examples (default: %(default)s)")
+    parser.add_argument("--split_seed", type=int, default=42, help="of the cut, of a split by text and of "
+                        "the choice of examples (default: %(default)s)")
 
 
 def main(argv=None):
@@ -694,7 +694,8 @@ def main(argv=None):
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        task, splits, report = load(args.dataset, args.data_dir, args.min_share, args.max_share, args.split_seed)
+        task, splits, report = load(args.dataset, args.data_dir, args.min_share, args.max_share,
+                                    args.split_seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

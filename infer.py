@@ -294,53 +294,53 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
     What a row has yet to read, its prompt at first, is `pending`; rows are aligned at their last token, and
     the mask hides the padding that this leaves between them.
     """
-    n, decoder, inputs, cache, step = len(prompts), not model.config.is_encoder_decoder, {}, None, 0
+    n, decoder, cache, steps = len(prompts), not model.config.is_encoder_decoder, None, 0
     written, running = [[] for _ in prompts], [True] * n
     states = [sequences.start] * n if sequences else None
     mask = torch.ones(n, prefix, dtype=torch.long, device=device)
     if decoder:
-        pending = [ids[prefix:] for ids in prompts]
+        pending, inputs = [ids[prefix:].tolist() for ids in prompts], {"logits_to_keep": 1}
         if prefix:
             shared = to_device(prompts[0][None, :prefix].astype(np.int64), device)
-            cache = model(input_ids=shared, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(input_ids=shared, use_cache=True, **inputs).past_key_values
             cache.batch_repeat_interleave(n)
     else:
-        pending = [[model.config.decoder_start_token_id]] * n
+        pending = [[model.config.decoder_start_token_id] for _ in prompts]
         input_ids = to_device(data.pad(prompts, 0), device)
         real = lora.real_tokens(input_ids, to_device(np.array([len(ids) for ids in prompts]), device))
         encoder_outputs = model.encoder(input_ids=input_ids, attention_mask=real)
         inputs = {"attention_mask": real, "encoder_outputs": encoder_outputs}
-    while any(running):
+
+    def write(row, token):
+        pending[row].append(token)
+        running[row] = token != end and len(written[row]) < limit
+        if running[row]:
+            written[row].append(token)
+            if sequences:
+                states[row] = sequences.allowed(states[row])[token]
+
+    while True:
+        for row in range(n) if sequences and decoder else ():
+            while running[row] and len(choices := sequences.allowed(states[row])) == 1:
+                write(row, *choices)  # forced
+        if not any(running):
+            return written, steps
         ids = to_device(data.pad(pending, 0, left=True), device)
         if decoder:
             real = data.pad([np.ones(len(new), np.int64) for new in pending], 0, left=True)
             mask = torch.cat([mask, to_device(real, device)], dim=1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions,
-                      "logits_to_keep": 1}
+            inputs |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         else:
             inputs["decoder_input_ids"] = ids
         answer = model(**inputs, past_key_values=cache, use_cache=True)
-        cache, logits, step = answer.past_key_values, answer.logits[:, -1].float().cpu(), step + 1
+        cache, logits, steps = answer.past_key_values, answer.logits[:, -1].float().cpu(), steps + 1
         best = logits.argmax(-1).tolist()
         for row in range(n):
-            pending[row] = [end]  # what a finished row reads does not matter
-            if not running[row]:
-                continue
-            choices = sequences.allowed(states[row]) if sequences else {best[row]: None}
-            token, pending[row] = max(choices, key=logits[row].__getitem__), []
-            while running[row]:
-                pending[row].append(token)
-                running[row] = token != end and len(written[row]) < limit
-                if running[row]:
-                    written[row].append(token)
-                    if sequences:
-                        states[row] = choices[token]
-                        choices = sequences.allowed(states[row])
-                    if not sequences or len(choices) > 1 or not decoder:
-                        break
-                    token = next(iter(choices))
-    return written, step
+            pending[row] = [] if running[row] else [end]  # what a finished row reads does not matter
+            if running[row]:
+                choices = sequences.allowed(states[row]) if sequences else ()
+                write(row, max(choices, key=logits[row].__getitem__) if sequences else best[row])
 
 
 # ---- GPT API: any OpenAI-compatible POST {api_base}/chat/completions ----

@@ -35,7 +35,7 @@ import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes import matmul_4bit  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C [choice.T5], billion parameters)
+MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C, billion parameters)
     "mistral": ("mistralai/Mistral-7B-Instruct-v0.2", "fp16", 7.2),
     "phi-2": ("microsoft/phi-2", "bf16", 2.8),
     "stablelm": ("stabilityai/stablelm-tuned-alpha-3b", "fp16", 3.6),
@@ -144,7 +144,7 @@ class LoRALinear(nn.Module):
 def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, name="the model"):
     """Freezes the base and puts a LoRALinear around its linear layers; returns the names of their last parts.
 
-    All linear layers but the last are taken [choice.T3], or those whose name ends in one of target_modules.
+    All linear layers but the last are taken, or those whose name ends in one of target_modules.
     If model.last_layer_trains, the last one becomes an fp32 copy that trains, not tied to the embeddings.
     Raises: ValueError if r or lora_dropout is out of range or a target matches no linear layer.
     """
@@ -154,7 +154,7 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
     linear = {key: module for key, module in model.named_modules()
               if isinstance(module, (nn.Linear, NF4Linear)) and key.split(".")[0] not in model.last_layer}
     present = {key.split(".")[-1] for key in linear}
-    targets = set(target_modules or present)
+    targets = set(target_modules or present)  # [choice.T3]
     if not targets or (missing := sorted(targets - present)):
         what = f"--target_modules {missing} match no" if targets else "there is no"
         raise ValueError(f"{what} linear layer of {name}; it has {sorted(present)}")
@@ -501,9 +501,9 @@ def merge(model):
 
 
 def count_parameters(model):
-    """Returns (parameters of the base, of them quantized, trainable ones), counted truly [choice.T10]."""
+    """Returns (parameters of the base, of them quantized, trainable ones): true counts."""
     quantized = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear))
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)  # [choice.T10]
     return frozen + quantized, quantized, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -137,6 +137,7 @@ def ask(server, cache, n=1, **options):
 
 
 def test_the_payload_is_exactly_model_message_temperature_and_max_tokens(serve, cache, monkeypatch):
+    """[choice.E5] Temperature 0."""
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     server = serve(lambda prompt, n: reply())
     text = 'A {brace}, "quotes", ### Response:\n\tÜñí 😀 \x00'

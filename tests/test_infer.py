@@ -1,0 +1,321 @@
+"""Prediction: scores, greedy and constrained decoding, runs that are shown or queried; the README map."""
+
+import itertools
+import json
+import re
+
+import method_map
+import numpy as np
+import pytest
+import torch
+
+import data
+import infer
+import lora
+import train
+from prompts import METHODS, TASKS, build_response, neutral_task
+
+ARCHITECTURES = ("mistral", "phi", "neox", "t5")
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_dir):
+    """(model, tokenizer, Encoded of 7 LM-P prompts of different lengths) of an architecture, in fp32."""
+
+    def prepare(architecture):
+        name = f"{tiny_dir}/models/{architecture}"
+        tokenizer, model = lora.load_tokenizer(name), lora.build_model(name, "lm", 0, "none")
+        texts = [
+            "That game hurt.",
+            "a",
+            "the dog came near the river ...",
+            "fond",
+            "x y z",
+            "overjoyed!",
+            "the cat",
+        ]
+        n, task = len(texts), TASKS["goemotions"]
+        asked = data.Annotations(
+            texts,
+            texts,
+            ["4", "37"],
+            np.arange(n),
+            np.arange(n) % 2,
+            np.zeros((n, 28), bool),
+            task.label_names,
+        )
+        return model, tokenizer, data.encode(tokenizer, task, METHODS["lmp"], asked, 512)[0]
+
+    return prepare
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_responses_equal_those_of_transformers_generate(prompts, architecture):
+    """Left padding, the shared prefix and batch mates change nothing."""
+    model, tokenizer, encoded = prompts(architecture)
+    names = TASKS["goemotions"].label_names
+    found, _ = infer.generate(model, tokenizer, encoded, names, 4096)
+    limit = infer.longest_response(tokenizer, names)
+    for m, response in enumerate(found):
+        ids = torch.from_numpy(encoded.prompt(m).astype(np.int64))[None]
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False
+        )
+        start = 0 if model.config.is_encoder_decoder else ids.shape[1]
+        assert response == tokenizer.decode(out[0, start:], skip_special_tokens=True), m
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_constrained_responses_are_distinct_labels_in_sorted_order(prompts, architecture):
+    model, tokenizer, encoded = prompts(architecture)
+    names = TASKS["goemotions"].label_names
+    responses, steps = infer.generate(model, tokenizer, encoded, names, 4096, constrain=True)
+    for response in responses:
+        labels = response.strip().split(", ")
+        assert set(labels) <= set(names) and labels == sorted(set(labels))
+    written = max(len(tokenizer(response, add_special_tokens=False)["input_ids"]) for response in responses)
+    if architecture != "t5":  # the line end and the commas are forced
+        assert steps < written + 1, (steps, responses)
+
+
+def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir):
+    """Brute force over a label that begins as another one does; token sequences of all subsets."""
+    tokenizer = lora.load_tokenizer(f"{tiny_dir}/models/mistral")
+    names = ("generalisation", "generalisation_unfair", "hostile", "joy")
+    sequences = infer.LabelSequences(tokenizer, names)
+    accepted, frontier = set(), [((), sequences.start)]
+    while frontier:
+        written, state = frontier.pop()
+        for token, after in sequences.allowed(state).items():
+            if token == sequences.end:
+                accepted.add(written)
+            else:
+                frontier.append(((*written, token), after))
+    subsets = [c for k in range(1, 5) for c in itertools.combinations(names, k)]
+    expected = {
+        tuple(tokenizer("\n" + build_response(c), add_special_tokens=False)["input_ids"]) for c in subsets
+    }
+    assert accepted == expected
+
+
+@pytest.mark.parametrize("model", ["mistral", "t5"])
+def test_scores_do_not_depend_on_batches_processes_or_duplicates(tiny_dir, model):
+    args = train.parse_args(
+        [
+            "--method",
+            "cls",
+            "--model",
+            f"{tiny_dir}/models/{model}",
+            "--data_dir",
+            f"{tiny_dir}/goemotions",
+            "--dtype",
+            "fp32",
+            "--quantize",
+            "none",
+        ]
+    )
+    task, splits, _ = infer.load_splits(args)
+    encoded = infer.encode_split(args, lora.load_tokenizer(args.model), task, splits, "val")
+    network, _, _ = train.build(args, len(task.label_names), "cpu")
+    whole = infer.predict_scores(network, encoded, 10**6)
+    parts = [infer.predict_scores(network, encoded, 150, infer.Processes(rank, 3)) for rank in range(3)]
+    assert np.abs(sum(parts) - whole).max() < 1e-5
+    n = encoded.prompt_index[5]
+    ids = torch.from_numpy(encoded.prompt(n).astype(np.int64))[None]
+    alone = torch.sigmoid(network.eval()(ids, torch.tensor([ids.shape[1]]))).detach().numpy()
+    assert np.abs(whole[5] - alone).max() < 1e-5
+    assert len(encoded.lengths) < len(encoded.prompt_index)  # each distinct prompt once
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, tmp_path_factory):
+    """{method: --out of a short training run}."""
+    runs = {}
+    for method in ("cls", "clsp", "lmp"):
+        runs[method] = tmp_path_factory.mktemp("runs") / method
+        code = train.main(
+            [
+                "--method",
+                method,
+                "--model",
+                f"{tiny_dir}/models/mistral",
+                "--data_dir",
+                f"{tiny_dir}/goemotions",
+                "--dtype",
+                "fp32",
+                "--out",
+                str(runs[method]),
+                "--batch_size",
+                "16",
+                "--max_steps",
+                "6",
+                "--validations",
+                "3",
+                "--unseen_users",
+                "0.2",
+                "--learning_rate",
+                "0.05",
+            ]
+        )
+        assert code == 0
+    return runs
+
+
+def test_the_adapter_of_the_best_validation_is_the_one_that_is_kept(finished):
+    """[choice.T7] The log-loss on val of the kept adapter is the least that was logged; tolerance 1e-4."""
+    log = [json.loads(line) for line in (finished["clsp"] / "log.jsonl").read_text().splitlines()]
+    best = min(entry["val_loss"] for entry in log if "val_loss" in entry)
+    assert json.loads((finished["clsp"] / "metrics_val.json").read_text())["log_loss"] == pytest.approx(
+        best, abs=1e-4
+    )
+
+
+def test_users_held_out_of_training_are_reported_apart(finished):
+    config = json.loads((finished["clsp"] / "config.json").read_text())
+    metrics = json.loads((finished["clsp"] / "metrics_test.json").read_text())
+    unseen = config["data"]["unseen_users"]
+    assert unseen and metrics["unseen"]["n_users"] == len(unseen)
+    assert metrics["seen"]["n_annotations"] + metrics["unseen"]["n_annotations"] == metrics["n_annotations"]
+
+
+def test_baselines_of_a_cls_run_stand_beside_it(finished):
+    baselines = json.loads((finished["cls"] / "baselines_test.json").read_text())
+    rows = [
+        json.loads(line) for line in (finished["cls"] / "predictions_test.jsonl").read_text().splitlines()
+    ]
+    names = TASKS["goemotions"].label_names
+    share = np.array([[name in row["gold"] for name in names] for row in rows]).mean(axis=0)
+    expected = np.mean([2 * p / (1 + p) for p in share])  # precision p, recall 1
+    assert baselines["always_all"]["f1_macro"] == pytest.approx(expected, abs=1e-9)
+    assert set(baselines) == {"always_all", "user_frequencies", "user_bias"}
+
+
+def test_evaluating_a_run_again_gives_its_metrics(finished, capsys):
+    before = json.loads((finished["clsp"] / "metrics_test.json").read_text())
+    assert infer.main(["--run", str(finished["clsp"])]) == 0
+    after = json.loads((finished["clsp"] / "metrics_test.json").read_text())
+    assert after["f1_macro"] == before["f1_macro"] and after["log_loss"] == pytest.approx(
+        before["log_loss"], abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["clsp", "lmp"])
+def test_a_text_is_shown_to_users_and_strangers_are_named(finished, capsys, method):
+    config = json.loads((finished[method] / "config.json").read_text())
+    rows = [
+        json.loads(line) for line in (finished[method] / "predictions_test.jsonl").read_text().splitlines()
+    ]
+    known = next(row["user_id"] for row in rows if row["user_id"] not in config["data"]["unseen_users"])
+    assert (
+        infer.main(["--run", str(finished[method]), "--text", "so {braces} ###", "--users", known, "nobody"])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert "unseen in training, so only a guess: users nobody" in lines
+    table = lines[lines.index("so {braces} ###") + 1 :]
+    assert table[0].split() == ["user", known, "nobody"]
+    assert [line.split()[0] for line in table[1:]] == list(TASKS["goemotions"].label_names)
+    assert all(re.fullmatch(r"\w+ +[01]\.\d\d +[01]\.\d\d", line) for line in table[1:])
+
+
+@pytest.mark.parametrize("method", ["q0s", "q1s", "q2s"])
+def test_a_local_model_is_queried_without_training(tiny_dir, tmp_path, method):
+    arguments = [
+        "--method",
+        method,
+        "--model",
+        f"{tiny_dir}/models/mistral",
+        "--data_dir",
+        f"{tiny_dir}/goemotions",
+        "--dtype",
+        "fp32",
+        "--limit",
+        "40",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert infer.main(arguments) == 0
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "predictions_test.jsonl").read_text().splitlines()
+    ]
+    metrics = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    assert metrics["n_annotations"] == len(rows) == 40
+    assert {"text_id", "user_id", "prompt", "gold", "predicted", "response", "not_understood"} <= set(rows[0])
+    same = {}
+    for row in rows:
+        assert same.setdefault(row["prompt"], row["response"]) == row["response"]
+    assert (len(same) < 40) == (method == "q0s") or method != "q0s"
+
+
+def test_a_chat_template_changes_the_prompts_of_a_query_only_when_asked(tiny_dir, tmp_path):
+    """[choice.P7]"""
+    hashes = []
+    for k, extra in enumerate(([], ["--chat_template"])):
+        out = tmp_path / str(k)
+        assert (
+            infer.main(
+                [
+                    "--method",
+                    "q0s",
+                    "--model",
+                    f"{tiny_dir}/models/mistral",
+                    "--data_dir",
+                    f"{tiny_dir}/goemotions",
+                    "--dtype",
+                    "fp32",
+                    "--limit",
+                    "3",
+                    "--out",
+                    str(out),
+                    *extra,
+                ]
+            )
+            == 0
+        )
+        hashes.append(json.loads((out / "predictions_test.jsonl").read_text().splitlines()[0])["prompt"])
+    assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--run", "/nonexistent"], "no config.json"),
+        (["--model", "/elsewhere"], "was trained with model"),
+        (["--lora_r", "7"], "was trained with lora_r 2"),
+        (["--text", "x"], "--text needs --users"),
+    ],
+)
+def test_a_mistake_with_a_run_is_told_in_one_line(finished, capsys, change, message):
+    assert infer.main(["--run", str(finished["clsp"]), *change]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_trained_method_is_not_a_query(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        infer.main(["--method", "clsp", "--model", "gpt-4"])
+    assert stopped.value.code == 2
+
+
+def test_a_label_that_the_tokenizer_joins_to_the_one_before_is_refused():
+    class Joining:
+        eos_token_id = 0
+
+        def __call__(self, text, **_):
+            return {"input_ids": [len(text)]}  # one token for a whole response
+
+    with pytest.raises(ValueError, match="--constrain"):
+        infer.LabelSequences(Joining(), neutral_task(["a", "b"]).label_names)
+
+
+def test_every_tag_stands_once_in_the_code_in_a_test_and_in_the_readme():
+    """The method map is held against code and tests both ways, so it cannot rot."""
+    code, tests = method_map.tags_in_code(), method_map.tags_in_tests()
+    assert {tag: places for tag, places in code.items() if len(places) > 1} == {}
+    assert set(code) - set(tests) == set()
+    readme = (method_map.ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| `([a-z0-9]+\.[\w-]+)` \|.*\| `([\w.]+: [\w.]+)` \| `(\w+)` \|$", readme, re.MULTILINE
+    )
+    assert {tag: place for tag, place, _ in rows} == {tag: places[0] for tag, places in code.items()}
+    assert all(test in tests[tag] for tag, _, test in rows)
