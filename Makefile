@@ -94,7 +94,7 @@ reproduce: plan
 	@$(BIN)/python tests/plan.py --missing $(PROFILE)
 
 bench: setup
-	$(BIN)/python tests/bench/train.py
+	$(BIN)/python tests/bench/train.py $(BENCH)
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/api.py
 
