@@ -142,17 +142,23 @@ def parse_response(response, label_names, released=False):
         pieces = [piece for piece in map(str.strip, response.split(",")) if piece]
         return sorted({*pieces} & {*label_names}), [piece for piece in pieces if piece not in label_names]
     names, found = {label_key(name): name for name in label_names}, set()
+
+    def name_of(piece):
+        return names.get(label_key(piece)) or names.get(label_key(LEAD_IN.sub("", piece)))
+
     pieces = [_answer(response)]
-    for separators in (SEPARATORS, NUMBERING, WEAK_SEPARATORS):
-        parts, pieces = [part for piece in pieces for part in separators.split(piece)], []
-        for part in filter(label_key, parts):
-            bare = LEAD_IN.sub("", part)
-            name = names.get(label_key(part)) or names.get(label_key(bare))
-            if name:
-                found.add(name)
-            else:
-                pieces.append(bare)
-    return sorted(found), [piece.strip() for piece in pieces if label_key(piece)]
+    for separators in (SEPARATORS, NUMBERING):
+        parts = [part for piece in pieces for part in separators.split(piece)]
+        found.update(filter(None, map(name_of, parts)))
+        pieces = [part for part in parts if not name_of(part)]
+    not_understood = []
+    for piece in (LEAD_IN.sub("", piece).strip() for piece in pieces if label_key(piece)):
+        parts = [name_of(part) for part in WEAK_SEPARATORS.split(piece) if label_key(part)]
+        if parts and None not in parts:  # a sentence that has a label between "and" and a full stop is none
+            found.update(parts)
+        elif label_key(piece):
+            not_understood.append(piece)
+    return sorted(found), not_understood
 
 
 def _answer(response):

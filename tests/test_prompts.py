@@ -472,3 +472,12 @@ def test_every_tag_stands_once_in_the_code_and_is_named_in_a_test():
     tags = re.findall(r"\[(?:method|choice)\.[A-Z0-9-]+\]", (ROOT / "prompts.py").read_text())
     assert sorted(tags) == sorted({*tags}) and len(tags) == 13
     assert {*tags} <= {*re.findall(r"\[[a-z]+\.[A-Z0-9-]+\]", Path(__file__).read_text())}
+
+
+def test_a_label_inside_a_sentence_is_not_an_answer():
+    """Answers of a real 135M model: a label stood alone between "and" and a full stop, and counted."""
+    names = ("ambiguous", "explicit", "implicit")
+    for sentence in ("The text is ambiguous and explicit. The text is not implicit.",
+                     "It is unclear whether it is ambiguous or explicit"):
+        assert parse_response(sentence, names) == ([], [sentence.removesuffix("\n")])
+    assert parse_response("ambiguous and explicit", names) == (["ambiguous", "explicit"], [])
