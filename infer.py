@@ -49,6 +49,9 @@ FOLLOW = {  # row of the audit -> whom it can follow, the default first
 }
 
 
+HOW = {"max_cost", "price_in", "price_out", "concurrency", "timeout_s", "max_retries"}  # change no result
+
+
 def positive(text):
     """argparse type of a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
@@ -157,6 +160,28 @@ def describe_run(args, report, model=None):
 
 def write_json(path, value):
     lora.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def claim_out(args):
+    """Takes --out for this process alone; returns (the lock, config.json of the same command or None).
+
+    Raises: ValueError if another process is at work there, or if it holds a run with other arguments.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / ".lock", "w")  # held until the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {args.out} is in use by another run: wait, or use another --out") from None
+    path = args.out / "config.json"
+    if not path.exists():
+        return lock, None
+    config = json.loads(path.read_text())
+    old, new = config["arguments"], arguments_of(args)
+    if different := sorted(k for k in new if k not in HOW and json.dumps(old.get(k)) != json.dumps(new[k])):
+        was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
+        raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
+    return lock, config
 
 
 # ---- Processes ----
@@ -761,12 +786,12 @@ def query_model(args, device):
     """Asks an untrained local model; returns the metrics of what it answers."""
     lora.check_by_name(args.model, args.dtype, device)
     tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
+    lock, _ = claim_out(args)
     task, splits, report = load_splits(args)
     print(data.format_report(report))
     encoded = {args.split: encode_split(args, tokenizer, task, splits, args.split)}
     model = lora.build_model(args.model, "query", 0, args.quantize, lora.DTYPES[args.dtype], device,
                              args.revision)
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "config.json", describe_run(args, report, model))
     return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                     Processes(device=device))
@@ -784,7 +809,7 @@ def query_server(args):
     texts = ["".join(build_prompt(task, method, *one)) for one in inputs]
     prompts = {data.prompt_hash(text): text for text in texts}
     if not args.dry_run:
-        args.out.mkdir(parents=True, exist_ok=True)
+        lock, _ = claim_out(args)
         write_json(args.out / "config.json", describe_run(args, report))
     most = len(build_response(task.label_names).encode())  # a token is at least a byte
     records, usage = query_api(prompts, args.model, args.out / "answers.jsonl", args.api_base or OPENAI_BASE,

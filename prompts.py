@@ -148,11 +148,11 @@ def parse_response(response, label_names, released=False):
 
     pieces = [_answer(response)]
     for separators in (SEPARATORS, NUMBERING):
-        parts = [part for piece in pieces for part in separators.split(piece)]
+        parts = [part for piece in pieces for part in separators.split(piece) if label_key(part)]
         found.update(filter(None, map(name_of, parts)))
         pieces = [part for part in parts if not name_of(part)]
     not_understood = []
-    for piece in (LEAD_IN.sub("", piece).strip() for piece in pieces if label_key(piece)):
+    for piece in (LEAD_IN.sub("", piece).strip() for piece in pieces):
         parts = [name_of(part) for part in WEAK_SEPARATORS.split(piece) if label_key(part)]
         if parts and None not in parts:  # a sentence that has a label between "and" and a full stop is none
             found.update(parts)

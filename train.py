@@ -12,7 +12,6 @@ or files of data (data.py).
 
 import argparse
 import datetime
-import fcntl
 import hashlib
 import json
 import math
@@ -35,7 +34,7 @@ from tqdm import tqdm
 import data
 import infer
 import lora
-from infer import ALONE, Processes, from_all, summed, to_device
+from infer import ALONE, Processes, claim_out, from_all, summed, to_device
 from prompts import METHODS
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a process waits for a dead one no longer than this
@@ -421,28 +420,6 @@ def peak_memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def claim_out(args):
-    """Takes --out for this process alone; returns (the lock, config.json of the same command or None).
-
-    Raises: ValueError if another process is at work there, or if it holds a run with other arguments.
-    """
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = open(args.out / ".lock", "w")  # held until the process ends, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out {args.out} is in use by another run: wait, or use another --out") from None
-    path = args.out / "config.json"
-    if not path.exists():
-        return lock, None
-    config = json.loads(path.read_text())
-    old, new = config["arguments"], infer.arguments_of(args)
-    if different := sorted(k for k in new if json.dumps(old.get(k)) != json.dumps(new[k])):
-        was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
-        raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
-    return lock, config
 
 
 def build(args, n_labels, device):

@@ -319,3 +319,21 @@ def test_every_tag_stands_once_in_the_code_in_a_test_and_in_the_readme():
     )
     assert {tag: place for tag, place, _ in rows} == {tag: places[0] for tag, places in code.items()}
     assert all(test in tests[tag] for tag, _, test in rows)
+
+
+def test_a_query_does_not_overwrite_another_one(tiny_dir, tmp_path, capsys):
+    arguments = [
+        "--model",
+        f"{tiny_dir}/models/mistral",
+        "--data_dir",
+        f"{tiny_dir}/goemotions",
+        "--dtype",
+        "fp32",
+    ]
+    arguments += ["--limit", "3", "--out", str(tmp_path / "out")]
+    assert infer.main(["--method", "q0s", *arguments]) == 0
+    before = (tmp_path / "out" / "predictions_test.jsonl").read_bytes()
+    assert infer.main(["--method", "q1s", *arguments]) == 2
+    assert "method 'q0s' there, 'q1s' here" in capsys.readouterr().err
+    assert infer.main(["--method", "q0s", *arguments]) == 0
+    assert (tmp_path / "out" / "predictions_test.jsonl").read_bytes() == before
