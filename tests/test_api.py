@@ -523,7 +523,7 @@ def test_ctrl_c_stops_soon_and_everything_received_is_kept(serve, cache, tmp_pat
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGINT)
     started = time.monotonic()
-    child.join(10)
+    child.join(60)
     assert child.exitcode == 0 and time.monotonic() - started < 60
     assert len(lines(cache)) == len(server.seen) < 5000  # requests under way were waited for
     assert said.read_text().startswith(f"interrupted; {len(server.seen)} of 5000 answers are kept in {cache}")
