@@ -819,7 +819,7 @@ def query_server(args):
         return None
     if usage["failed"]:
         raise ValueError(f"{usage['failed']} of {len(prompts)} requests failed: the same command asks again")
-    hashes = list(prompts)
+    hashes = [data.prompt_hash(text) for text in texts]
     encoded = data.Encoded(None, None, prompt_index, None, hashes)
     responses = [records[one]["response"] for one in hashes]
     rows = rows_of_responses(annotations, encoded, responses, follows(args)["E2"] == "released")
