@@ -45,20 +45,27 @@ TINY_QUERY = --data_dir $(TINY)/$1 --model $(TINY)/models/$2 --dtype fp32 --note
 ARGS_tiny = $(call TINY_QUERY,$1,$2) $(if $(filter $3,$(QUERIES)),,--batch_size 16 --lora_r 8 \
   --learning_rate 3e-3 --epochs $(if $(filter t5,$2),3,6) --validations 3)
 
-# small: a real model of 135M parameters on the real corpora that are there; the same stated budget for every method
+# small: a real model of 135M parameters on the real corpora that are there, the same stated budget for every method.
+# Its variants, model-VARIANT in a cell's path, are run with the first seed only.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
-LIMIT ?= 3200 300 1293
-small_data := $(if $(CSV),csv,goemotions)
-CELLS_small := $(foreach d,$(small_data),$(foreach m,$(QUERIES) $(TRAINED),$d/smollm2/$m))
-ARGS_small = --model $(MODEL) $(if $(DATA_DIR),--data_dir $(DATA_DIR)) --limit $(LIMIT) --max_share 1 \
-  --note "SmolLM2-135M, $(LIMIT) annotations of train, val, test" $(if $(filter $3,$(QUERIES)),,\
-  --epochs 1 --batch_size 16 --lora_r 8 --learning_rate 5e-4 --validations 3)
+DATA ?= data
+LIMIT ?= 1200 300 600
+OWN := $(basename $(notdir $(CSV)))
+CORPORA_small := $(or $(notdir $(wildcard $(DATA)/goemotions $(DATA)/unhealthy)) $(OWN),goemotions)
+CELLS_small := $(foreach d,$(CORPORA_small),$(foreach m,$(QUERIES) $(TRAINED),$d/smollm2/$m) $(addprefix $d/smollm2-,\
+  unseen/cls unseen/clsp constrained/q0s constrained/q2s endless/lm))
+VARIANT_unseen := --unseen_users 0.1
+VARIANT_constrained := --constrain
+VARIANT_endless := --follow T2=released
+ARGS_small = --model $(MODEL) $(if $(filter-out $(OWN),$1),--data_dir $(DATA)/$1) --limit $(LIMIT) --max_share 1 \
+  --note "SmolLM2-135M, $(LIMIT) annotations of train, val, test" $(VARIANT_$(word 2,$(subst -, ,$2))) \
+  $(if $(filter $3,$(QUERIES)),,--epochs 1 --batch_size 8 --lora_r 8 --learning_rate 1e-3 --validations 2)
 
 # paper: the authors' recipe is the scripts' default
 CELLS_paper := $(foreach d,goemotions unhealthy,\
   $(foreach m,phi-2 stablelm mistral,$(addprefix $d/$m/,$(TRAINED))) $(addprefix $d/flan-t5/,cls clsp lm lmp) \
   $(foreach m,mistral flan-t5 $(if $(OPENAI_API_KEY),gpt-3.5-turbo gpt-4),$(addprefix $d/$m/,$(QUERIES))))
-ARGS_paper = --model $2
+ARGS_paper = --model $2 --data_dir $(DATA)/$1
 
 LAUNCH_tiny = $(if $(filter mistral/clsp,$2/$3),$(BIN)/torchrun --standalone --nproc_per_node 2,$(BIN)/python)
 LAUNCH_small = $(BIN)/python
@@ -68,17 +75,18 @@ LAUNCH_paper = $(BIN)/torchrun --standalone --nproc_per_node $(shell nvidia-smi 
 define cell
 $(RUNS)/$1/$2/$3/$4/metrics_test.json: $(INPUTS_$(PROFILE)) | setup
 	$(ENV_$(PROFILE)) $(if $(filter $3,$(QUERIES)),$(BIN)/python infer.py,$(call LAUNCH_$(PROFILE),$1,$2,$3) train.py) --method $3 \
-	  --dataset $(if $(filter csv,$1),$(CSV),$1) $(call ARGS_$(PROFILE),$1,$2,$3) --seed $4 --out $(RUNS)/$1/$2/$3/$4
+	  --dataset $(if $(filter $(OWN),$1),$(CSV),$1) $(call ARGS_$(PROFILE),$1,$2,$3) --seed $4 --out $(RUNS)/$1/$2/$3/$4
 endef
 
 ENV_tiny := OMP_NUM_THREADS=1
 JOBS_tiny := 2
 INPUTS_tiny := $(TINY)/tiny.json
 # a query draws nothing: it is asked once, whatever the seeds
-QUERY_CELLS := $(foreach q,$(QUERIES),$(filter %/$q,$(CELLS_$(PROFILE))))
-TARGETS := $(foreach c,$(QUERY_CELLS),$(RUNS)/$c/$(firstword $(SEEDS))/metrics_test.json) \
-  $(foreach s,$(SEEDS),$(foreach c,$(filter-out $(QUERY_CELLS),$(CELLS_$(PROFILE))),$(RUNS)/$c/$s/metrics_test.json))
-$(foreach s,$(SEEDS),$(foreach c,$(CELLS_$(PROFILE)),$(eval $(call cell,$(word 1,$(subst /, ,$c)),$(word 2,$(subst /, ,$c)),$(word 3,$(subst /, ,$c)),$s))))
+CELLS := $(CELLS_$(PROFILE))
+ONCE := $(foreach c,$(CELLS),$(if $(findstring smollm2-,$c)$(filter $(QUERIES),$(notdir $c)),$c))
+TARGETS := $(foreach s,$(SEEDS),$(foreach c,$(filter-out $(ONCE),$(CELLS)),$(RUNS)/$c/$s/metrics_test.json)) \
+  $(foreach c,$(ONCE),$(RUNS)/$c/$(firstword $(SEEDS))/metrics_test.json)
+$(foreach s,$(SEEDS),$(foreach c,$(CELLS),$(eval $(call cell,$(word 1,$(subst /, ,$c)),$(word 2,$(subst /, ,$c)),$(word 3,$(subst /, ,$c)),$s))))
 
 $(TINY)/tiny.json: tests/tiny.py prompts.py | setup
 	$(BIN)/python tests/tiny.py $(TINY)

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 from transformers.utils import cached_file
@@ -173,6 +175,28 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
 
 
 # ---- Heads, by the names of transformers ----
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """softmax(scaling Q K^T + mask) V as plain products: what a CPU is given.
+
+    PyTorch's fused CPU kernel takes 2 to 4 times as long at prompts of this length, most of it in backward.
+    Query heads that share a key are rows of one product, so keys and values are not repeated for them.
+    Shapes: query (B, H, T, D); key, value (B, G, S, D), G a divisor of H; mask (B, 1, T, S), which is added
+    -> (B, T, H, D).
+    """
+    (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
+    weights = ((query * scaling).reshape(B, G, -1, D) @ key.transpose(2, 3)).view(B, H, T, S)
+    weights = F.dropout(torch.softmax(weights + attention_mask, dim=-1), dropout)
+    return (weights.view(B, G, -1, S) @ value).view(B, H, T, D).transpose(1, 2), None
+
+
+def use_grouped_attention(model):
+    """Gives a model that takes other attentions than its own the one above."""
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    if model._supports_attention_backend:
+        model.set_attn_implementation("grouped")
 
 
 def decoder_states(backbone, input_ids, prefix=0):
@@ -356,6 +380,8 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     with torch.device("meta"):
         auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
         model = auto.from_config(config).eval()
+    if torch.device(device).type == "cpu":
+        use_grouped_attention(model)
     check_fits(model, model_name, quantize, dtype, device)
     for module in model.modules():  # buffers are computed, not stored: rotary frequencies
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
