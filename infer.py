@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -49,7 +50,8 @@ FOLLOW = {  # row of the audit -> whom it can follow, the default first
 }
 
 
-HOW = {"max_cost", "price_in", "price_out", "concurrency", "timeout_s", "max_retries"}  # change no result
+HOW = {"micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
+       "max_retries"}  # change no result, but for rounding
 
 
 def positive(text):
@@ -57,6 +59,11 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def tokens_or_auto(text):
+    """argparse type of --micro_batch_tokens."""
+    return text if text == "auto" else positive(text)
 
 
 def follow_row(text):
@@ -85,8 +92,9 @@ def add_arguments(parser, methods):
         help="at most N annotations of each split, or a number for each of train, val, test (default: all)")
     add("--max_length", type=positive, default=512,
         help="tokens of a prompt; a longer one loses the end of its text (default: %(default)s)")
-    add("--micro_batch_tokens", type=positive, default=4096,
-        help="tokens, padding included, that a device computes at once (default: %(default)s)")
+    add("--micro_batch_tokens", type=tokens_or_auto, default=4096,
+        help="tokens, padding included, that a device computes at once; in training auto: as many as fit "
+        "into its free memory (default: %(default)s)")
     add("--follow", type=follow_row, nargs="+", default=[], metavar="ROW=SOURCE",
         help=f"do as the paper or the released code does in a row of the audit: {', '.join(FOLLOW)}")
     add("--unseen_users", type=data.share, default=0.0, metavar="SHARE",
@@ -103,6 +111,8 @@ def complete(args):
     """Fills in what has no fixed default."""
     args.dtype = args.dtype or (lora.MODELS[args.model][1] if args.model in lora.MODELS else "bf16")
     args.out = args.out or Path("runs", Path(args.dataset).stem, Path(args.model).name, args.method)
+    if args.micro_batch_tokens == "auto" and METHODS[args.method].family == "query":
+        raise ValueError("--micro_batch_tokens auto is measured on training steps; give a query a number")
 
 
 def load_splits(args):
@@ -142,6 +152,26 @@ def arguments_of(args):
     """Every argument by name, as JSON has it."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return plain | {"follow": follows(args)}
+
+
+def build(args, n_labels, device):
+    """Returns (a run's model, with LoRA layers unless it is a query's, the names of the targets)."""
+    torch.manual_seed(args.seed)  # before any weight is drawn, the same on all processes
+    family = METHODS[args.method].family
+    model = lora.build_model(args.model, family, n_labels, args.quantize, lora.DTYPES[args.dtype], device,
+                             args.revision)
+    if family == "query":
+        return model, []
+    model.last_layer_trains = family == "cls" or follows(args)["T4"] == "released"  # [choice.T4]
+    return model, lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules,
+                                args.model)
+
+
+def load_trained(args, n_labels, device):
+    """A finished run's model with its adapter."""
+    model, _ = build(args, n_labels, device)
+    lora.load_adapter(model, args.adapter)
+    return model.eval()
 
 
 def describe_run(args, report, model=None):
@@ -218,6 +248,11 @@ def to_device(array, device):
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
+def shared_prefix(model, encoded):
+    """The tokens that the model can read once for all prompts: none of an encoder's."""
+    return data.shared_prefix(encoded) if model.shares_prefix else 0
+
+
 # ---- Scores of a classifier ----
 
 
@@ -228,7 +263,7 @@ def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="
     Every process computes its share of the prompts, so each annotation counts once for any number of them.
     """
     model.eval()
-    lengths, prefix = encoded.lengths, data.shared_prefix(encoded) if model.shares_prefix else 0
+    lengths, prefix = encoded.lengths, shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
     scores = np.zeros((len(lengths), encoded.labels.shape[1]), np.float32)
     batches = data.micro_batches(lengths, mine, tokens_per_batch)
@@ -299,7 +334,7 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     model.eval()
     sequences = LabelSequences(tokenizer, label_names) if constrain else None
     limit, lengths = longest_response(tokenizer, label_names), encoded.lengths
-    prefix = data.shared_prefix(encoded) if model.shares_prefix else 0
+    prefix = shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
     batches, responses, steps = data.micro_batches(lengths + limit, mine, tokens_per_batch), {}, 0
     for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
@@ -454,7 +489,8 @@ class ApiClient:
         words = self.redact(headers.get("Location") or record["error"] or text)
         printable = "".join(c if c.isprintable() else " " for c in words)
         error = f"{self.host}: HTTP {status or '(no answer)'}: {' '.join(printable.split())[:300]}"
-        if status < 500 and status not in (0, 200, 408, 409, 429):
+        spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
+        if spent or status < 500 and status not in (0, 200, 408, 409, 429):
             raise ApiError(error)
         return status, {"error": error}, retry_after_s(headers.get("Retry-After"))
 
@@ -599,6 +635,9 @@ def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_
                     if not reached or in_a_row == STOP_AFTER_FAILURES:
                         problem = f"{in_a_row} requests in a row failed" if reached else "cannot reach"
                         raise ApiError(f"{problem}: {record['error']}")
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # answers under way are awaited; a second one ends
+            raise
         finally:
             stop.set()
     os.fsync(file.fileno())
@@ -716,25 +755,16 @@ def load_run(directory, given):
     if not path.is_file():
         raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
     args = argparse.Namespace(**json.loads(path.read_text())["arguments"])
-    args.out, args.follow = Path(directory), list(args.follow.items())
+    args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
+    if given.get("constrain", args.constrain) != args.constrain and "out" not in given:
+        raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")
     for name, value in given.items():
-        if name == "micro_batch_tokens":
-            args.micro_batch_tokens = value
-        elif name != "out" and getattr(args, name, value) != value:
+        if name in ("micro_batch_tokens", "constrain", "out"):
+            setattr(args, name, value)
+        elif getattr(args, name, value) != value:
             raise ValueError(f"--run {directory} was trained with {name} {getattr(args, name)}, not {value}: "
                              f"leave --{name} out")
     return args
-
-
-def load_trained(args, label_names, device):
-    """The model of a finished run, with its adapter."""
-    family, dtype = METHODS[args.method].family, lora.DTYPES[args.dtype]
-    model = lora.build_model(args.model, family, len(label_names), args.quantize, dtype, device,
-                             args.revision)
-    model.last_layer_trains = family == "cls" or follows(args)["T4"] == "released"
-    lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules, args.model)
-    lora.load_adapter(model, args.out)
-    return model.eval()
 
 
 def show_users(args, texts, users, device):
@@ -743,7 +773,7 @@ def show_users(args, texts, users, device):
     names, train, n = task.label_names, splits["train"], len(users)
     if strangers := sorted(set(users) - {train.users[k] for k in np.unique(train.user_index)}):
         print(f"unseen in training, so only a guess: users {', '.join(strangers)}")
-    tokenizer, model = lora.load_tokenizer(args.model, args.revision), load_trained(args, names, device)
+    tokenizer, model = lora.load_tokenizer(args.model, args.revision), load_trained(args, len(names), device)
     asked = data.Annotations(
         [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
         np.tile(np.arange(n), len(texts)), np.zeros((len(texts) * n, len(names)), bool), names)
@@ -774,7 +804,10 @@ def use_run(args, given, device):
     task, splits, report = load_splits(run)
     tokenizer = lora.load_tokenizer(run.model, run.revision)
     encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
-    model = load_trained(run, task.label_names, device)
+    model = load_trained(run, len(task.label_names), device)
+    if run.out != args.run:  # beside the run's own predictions
+        lock, _ = claim_out(run)
+        write_json(run.out / "config.json", describe_run(run, report, model))
     return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                     Processes(device=device))
 
@@ -790,8 +823,7 @@ def query_model(args, device):
     task, splits, report = load_splits(args)
     print(data.format_report(report))
     encoded = {args.split: encode_split(args, tokenizer, task, splits, args.split)}
-    model = lora.build_model(args.model, "query", 0, args.quantize, lora.DTYPES[args.dtype], device,
-                             args.revision)
+    model, _ = build(args, 0, device)
     write_json(args.out / "config.json", describe_run(args, report, model))
     return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                     Processes(device=device))
@@ -825,6 +857,12 @@ def query_server(args):
     rows = rows_of_responses(annotations, encoded, responses, follows(args)["E2"] == "released")
     return write_results(args.out, args.split, rows, task.label_names, None, report["unseen_users"],
                          usage=usage, seconds=time.perf_counter() - started)
+
+
+OF_RUN = {"text", "text_file", "users", "lora_r", "lora_alpha", "lora_dropout", "target_modules"}
+OF_LOCAL = {"chat_template", "constrain", "dtype", "max_length", "micro_batch_tokens", "quantize", "revision"}
+OF_SERVER = {"dry_run", "max_cost", "price_in", "price_out", "max_tokens", "concurrency", "timeout_s",
+             "max_retries"}  # flags that have no meaning for the others
 
 
 def not_negative(text):
@@ -861,7 +899,11 @@ def parse_args(argv=None):
         if args.method is None or METHODS[args.method].family != "query":
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
         args.model = args.model or "mistral"
-        complete(args)
+    elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER
+    if args.run is None and is_api_model(args.model, args.api_base):
+        elsewhere = OF_RUN | OF_LOCAL
+    if idle := sorted(elsewhere & given.keys()):
+        parser.error(f"--{', --'.join(idle)}: without a meaning here; leave out")
     return args, given
 
 
@@ -871,10 +913,10 @@ def main(argv=None):
     try:
         if args.run is not None:
             result = use_run(args, given, device)
-        elif is_api_model(args.model, args.api_base):
-            result = query_server(args)
         else:
-            result = query_model(args, device)
+            complete(args)
+            asked_over_http = is_api_model(args.model, args.api_base)
+            result = query_server(args) if asked_over_http else query_model(args, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

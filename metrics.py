@@ -225,7 +225,8 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
 
 # ---- Finished runs ----
 
-NOT_RECIPE = {"seed", "out", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run", "max_cost"}
+NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run",
+              "max_cost"}
 
 
 def load_run(directory):
@@ -356,8 +357,10 @@ def tables(runs_dir):
             cells = [format_cell(cell, "+" if "[%]" in column else "") for column, cell in row.items()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     text = "\n".join([*lines, FOOTNOTE])
-    Path(runs_dir, "tables.md").write_text(text, encoding="utf-8")
-    Path(runs_dir, "tables.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for name, content in (("tables.md", text), ("tables.json", json.dumps(report, indent=1))):
+        temporary = Path(runs_dir, f"{name}.tmp")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(Path(runs_dir, name))
     return text
 
 

@@ -227,6 +227,68 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     return mean_loss, norm_value, stop > 0
 
 
+# ---- Memory ----
+
+
+def peak_memory_gb():
+    """Peak memory of the device in GB: allocated on a GPU, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def growth_gb(work, device):
+    """What the memory grows by, at its peak, while work() runs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+
+    def resident(field):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e9
+
+    lora.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def free_memory_gb(device):
+    """What is left on a GPU, or on a CPU machine for each of its processes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e9
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fit_micro_batch(objective, encoded, batch_size):
+    """Returns (the tokens of a micro-batch that takes 80% of the free memory, the GB that are free).
+
+    Micro-batches of one and of five of the longest prompts are run: memory is linear in their number.
+    """
+    world_size, device = objective.processes.world_size, objective.processes.device
+    prefix = infer.shared_prefix(objective.model, encoded)
+    _, first_rows = np.unique(encoded.prompt_index, return_index=True)
+    longest = first_rows[np.argsort(encoded.lengths, kind="stable")[::-1]]
+    objective.model.train()
+
+    def growth(n):
+        def work():
+            for loss in objective.losses(encoded, longest[: n * world_size], prefix):
+                loss.backward()
+        return max(from_all(growth_gb(work, device)))
+
+    growth(1)  # warms up
+    one, five = growth(1), growth(5)
+    free = min(from_all(free_memory_gb(device)))
+    n = 1 + int((0.8 * free - one) / max((five - one) / 4, 1e-6))
+    return int(encoded.lengths.max()) * min(max(n, 1), batch_size), free
+
+
 # ---- Checkpoints ----
 
 
@@ -318,8 +380,7 @@ def train(args, encoded, objective, optimizer, parameters, save_best):
     total = args.epochs * math.ceil(len(encoded["train"].prompt_index) / args.batch_size)
     total = min(total, args.max_steps or total)
     every = max(1, math.ceil(total / args.validations))
-    prefix = {name: data.shared_prefix(encoded[name]) if objective.model.shares_prefix else 0
-              for name in ("train", "val")}
+    prefix = {name: infer.shared_prefix(objective.model, encoded[name]) for name in ("train", "val")}
     scale, buffer = LossScale(args.dtype == "fp16"), flat_gradients(parameters)
     state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state()}
     if found := load_checkpoint(directory, parameters, optimizer, objective.processes):
@@ -415,25 +476,6 @@ class Log:
         self.start()
 
 
-def peak_memory_gb():
-    """Peak memory of the device in GB: allocated on a GPU, resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def build(args, n_labels, device):
-    """Returns the model with its LoRA layers, its trainable parameters and the names of the targets."""
-    torch.manual_seed(args.seed)  # before any weight is drawn, the same on all processes
-    family = METHODS[args.method].family
-    model = lora.build_model(args.model, family, n_labels, args.quantize, lora.DTYPES[args.dtype], device,
-                             args.revision)
-    model.last_layer_trains = family == "cls" or infer.follows(args)["T4"] == "released"  # [choice.T4]
-    targets = lora.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules,
-                            args.model)
-    return model, [p for p in model.parameters() if p.requires_grad], targets
-
-
 def print_arithmetic(args, encoded, counts, processes):
     """Says once what a step is made of."""
     mean_length = encoded.lengths[encoded.prompt_index].mean()
@@ -459,10 +501,18 @@ def run(args, processes):
     task, splits, report = infer.load_splits(args)
     say(data.format_report(report))
     encoded = {name: infer.encode_split(args, tokenizer, task, splits, name, say) for name in splits}
-    model, parameters, targets = build(args, len(task.label_names), processes.device)
+    model, targets = infer.build(args, len(task.label_names), processes.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, parameters)
     if old and old["data"]["files"] != report["files"]:
         raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
+    objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
+    if args.micro_batch_tokens == "auto" and old:
+        args.micro_batch_tokens = old["arguments"]["micro_batch_tokens"]
+    elif args.micro_batch_tokens == "auto":
+        args.micro_batch_tokens, free = fit_micro_batch(objective, encoded["train"], args.batch_size)
+        say(f"--micro_batch_tokens {args.micro_batch_tokens} fits into the {free:.1f} GB that are free")
+    objective.tokens_per_batch = args.micro_batch_tokens
     if first:
         counts = lora.count_parameters(model)
         print_arithmetic(args, encoded["train"], counts, processes)
@@ -478,8 +528,6 @@ def run(args, processes):
 
     torch.manual_seed(args.seed + 1 + processes.rank)  # dropout differs between processes
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
-    objective = Objective(model, method.family, args.micro_batch_tokens, processes,
-                          infer.follows(args)["T1"] == "paper")
     state = train(args, encoded, objective, optimizer, parameters, save_best)
     say(f"best validation loss {state['best_val_loss']:.4f} at step {state['best_step']}")
     from_all(None)  # the adapter is on disk

@@ -302,6 +302,15 @@ def test_a_request_the_server_will_never_take_stops_at_once_with_its_words(serve
     assert f"{len(received)} of 200 answers are kept in {cache}" in str(stopped.value)
 
 
+def test_an_account_without_money_is_not_asked_again(serve, cache):
+    """OpenAI answers 429 for it too, and no waiting helps."""
+    no_money = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
+    server = serve(lambda prompt, n: (429, {}, no_money))
+    with pytest.raises(ValueError, match="HTTP 429: You exceeded your current quota"):
+        ask(server, cache)
+    assert len(server.seen) == 1
+
+
 def test_a_redirect_is_not_followed_and_its_target_is_named(serve, cache):
     server = serve(lambda prompt, n: (301, {"Location": "https://elsewhere.example/v1"}, b""))
     with pytest.raises(ValueError, match="HTTP 301: https://elsewhere.example/v1"):
@@ -527,6 +536,20 @@ def test_ctrl_c_stops_soon_and_everything_received_is_kept(serve, cache, tmp_pat
     assert child.exitcode == 0 and time.monotonic() - started < 60
     assert len(lines(cache)) == len(server.seen) < 5000  # requests under way were waited for
     assert said.read_text().startswith(f"interrupted; {len(server.seen)} of 5000 answers are kept in {cache}")
+
+
+def test_a_second_ctrl_c_ends_at_once(serve, cache):
+    """The first one awaits the answers under way, here for 60 seconds."""
+    server = serve(lambda prompt, n: time.sleep(60) or reply())
+    child = in_child(ask, server, cache, 5)
+    while len(server.seen) < 5:
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(1)
+    assert child.exitcode is None
+    os.kill(child.pid, signal.SIGINT)
+    child.join(20)
+    assert child.exitcode == -signal.SIGINT
 
 
 def test_a_second_process_waits_for_the_first_and_pays_for_nothing_again(serve, cache):

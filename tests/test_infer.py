@@ -18,6 +18,12 @@ from prompts import METHODS, TASKS, build_response, neutral_task
 ARCHITECTURES = ("mistral", "phi", "neox", "t5")
 
 
+def command(tiny_dir, method, *more):
+    """The arguments of a run or a query on the tiny data and model."""
+    arguments = f"--method {method} --model {tiny_dir}/models/mistral --data_dir {tiny_dir}/goemotions"
+    return [*arguments.split(), "--dtype", "fp32", *map(str, more)]
+
+
 @pytest.fixture(scope="module")
 def prompts(tiny_dir):
     """(model, tokenizer, Encoded of 7 LM-P prompts of different lengths) of an architecture, in fp32."""
@@ -100,23 +106,11 @@ def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir):
 
 @pytest.mark.parametrize("model", ["mistral", "t5"])
 def test_scores_do_not_depend_on_batches_processes_or_duplicates(tiny_dir, model):
-    args = train.parse_args(
-        [
-            "--method",
-            "cls",
-            "--model",
-            f"{tiny_dir}/models/{model}",
-            "--data_dir",
-            f"{tiny_dir}/goemotions",
-            "--dtype",
-            "fp32",
-            "--quantize",
-            "none",
-        ]
-    )
+    args = train.parse_args(command(tiny_dir, "cls", "--quantize", "none"))
+    args.model = f"{tiny_dir}/models/{model}"
     task, splits, _ = infer.load_splits(args)
     encoded = infer.encode_split(args, lora.load_tokenizer(args.model), task, splits, "val")
-    network, _, _ = train.build(args, len(task.label_names), "cpu")
+    network, _ = infer.build(args, len(task.label_names), "cpu")
     whole = infer.predict_scores(network, encoded, 10**6)
     parts = [infer.predict_scores(network, encoded, 150, infer.Processes(rank, 3)) for rank in range(3)]
     assert np.abs(sum(parts) - whole).max() < 1e-5
@@ -133,30 +127,8 @@ def finished(tiny_dir, tmp_path_factory):
     runs = {}
     for method in ("cls", "clsp", "lmp"):
         runs[method] = tmp_path_factory.mktemp("runs") / method
-        code = train.main(
-            [
-                "--method",
-                method,
-                "--model",
-                f"{tiny_dir}/models/mistral",
-                "--data_dir",
-                f"{tiny_dir}/goemotions",
-                "--dtype",
-                "fp32",
-                "--out",
-                str(runs[method]),
-                "--batch_size",
-                "16",
-                "--max_steps",
-                "6",
-                "--validations",
-                "3",
-                "--unseen_users",
-                "0.2",
-                "--learning_rate",
-                "0.05",
-            ]
-        )
+        more = "--batch_size 16 --max_steps 6 --validations 3 --unseen_users 0.2 --learning_rate 0.05"
+        code = train.main(command(tiny_dir, method, "--out", runs[method], *more.split()))
         assert code == 0
     return runs
 
@@ -220,21 +192,7 @@ def test_a_text_is_shown_to_users_and_strangers_are_named(finished, capsys, meth
 
 @pytest.mark.parametrize("method", ["q0s", "q1s", "q2s"])
 def test_a_local_model_is_queried_without_training(tiny_dir, tmp_path, method):
-    arguments = [
-        "--method",
-        method,
-        "--model",
-        f"{tiny_dir}/models/mistral",
-        "--data_dir",
-        f"{tiny_dir}/goemotions",
-        "--dtype",
-        "fp32",
-        "--limit",
-        "40",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    assert infer.main(arguments) == 0
+    assert infer.main(command(tiny_dir, method, "--limit", 40, "--out", tmp_path / "out")) == 0
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "predictions_test.jsonl").read_text().splitlines()
     ]
@@ -252,26 +210,7 @@ def test_a_chat_template_changes_the_prompts_of_a_query_only_when_asked(tiny_dir
     hashes = []
     for k, extra in enumerate(([], ["--chat_template"])):
         out = tmp_path / str(k)
-        assert (
-            infer.main(
-                [
-                    "--method",
-                    "q0s",
-                    "--model",
-                    f"{tiny_dir}/models/mistral",
-                    "--data_dir",
-                    f"{tiny_dir}/goemotions",
-                    "--dtype",
-                    "fp32",
-                    "--limit",
-                    "3",
-                    "--out",
-                    str(out),
-                    *extra,
-                ]
-            )
-            == 0
-        )
+        assert infer.main(command(tiny_dir, "q0s", "--limit", 3, "--out", out, *extra)) == 0
         hashes.append(json.loads((out / "predictions_test.jsonl").read_text().splitlines()[0])["prompt"])
     assert hashes[0] != hashes[1]
 
@@ -289,6 +228,33 @@ def test_a_mistake_with_a_run_is_told_in_one_line(finished, capsys, change, mess
     assert infer.main(["--run", str(finished["clsp"]), *change]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_run_is_decoded_with_constraints_beside_its_free_responses(finished, tmp_path, capsys):
+    free = (finished["lmp"] / "predictions_test.jsonl").read_bytes()
+    arguments = ["--run", str(finished["lmp"]), "--constrain"]
+    assert infer.main(arguments) == 2
+    assert "give them an --out" in capsys.readouterr().err
+    assert infer.main([*arguments, "--out", str(tmp_path / "constrained")]) == 0
+    metrics = json.loads((tmp_path / "constrained" / "metrics_test.json").read_text())
+    assert metrics["share_not_understood"] == metrics["share_empty_answers"] == 0
+    assert (finished["lmp"] / "predictions_test.jsonl").read_bytes() == free
+    assert json.loads((tmp_path / "constrained" / "config.json").read_text())["arguments"]["constrain"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "gpt-4", "--dtype", "fp32"],
+        ["--model", "phi-2", "--max_cost", "1"],
+        ["--model", "phi-2", "--lora_r", "4"],
+        ["--run", "DIR", "--dry_run"],
+    ],
+)
+def test_a_flag_without_a_meaning_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        infer.main(arguments if "--run" in arguments else ["--method", "q0s", *arguments])
+    assert stopped.value.code == 2 and "without a meaning here" in capsys.readouterr().err
 
 
 def test_a_trained_method_is_not_a_query(capsys):
@@ -322,18 +288,10 @@ def test_every_tag_stands_once_in_the_code_in_a_test_and_in_the_readme():
 
 
 def test_a_query_does_not_overwrite_another_one(tiny_dir, tmp_path, capsys):
-    arguments = [
-        "--model",
-        f"{tiny_dir}/models/mistral",
-        "--data_dir",
-        f"{tiny_dir}/goemotions",
-        "--dtype",
-        "fp32",
-    ]
-    arguments += ["--limit", "3", "--out", str(tmp_path / "out")]
-    assert infer.main(["--method", "q0s", *arguments]) == 0
+    arguments = ["--limit", 3, "--out", tmp_path / "out"]
+    assert infer.main(command(tiny_dir, "q0s", *arguments)) == 0
     before = (tmp_path / "out" / "predictions_test.jsonl").read_bytes()
-    assert infer.main(["--method", "q1s", *arguments]) == 2
+    assert infer.main(command(tiny_dir, "q1s", *arguments)) == 2
     assert "method 'q0s' there, 'q1s' here" in capsys.readouterr().err
-    assert infer.main(["--method", "q0s", *arguments]) == 0
+    assert infer.main(command(tiny_dir, "q0s", *arguments)) == 0
     assert (tmp_path / "out" / "predictions_test.jsonl").read_bytes() == before

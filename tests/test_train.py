@@ -103,9 +103,9 @@ def prepared(tiny_dir):
             )
             task, splits, _ = infer.load_splits(args)
             encoded = infer.encode_split(args, lora.load_tokenizer(args.model), task, splits, "train")
-            network, parameters, _ = train.build(args, len(task.label_names), "cpu")
+            network, _ = infer.build(args, len(task.label_names), "cpu")
             with torch.no_grad():
-                for parameter in parameters:
+                for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
                     parameter.add_(torch.randn_like(parameter) * 0.02)
             made[model, method] = args, network, encoded
         return made[model, method]
@@ -215,7 +215,7 @@ def test_the_lm_head_trains_only_if_the_released_code_is_followed(tiny_dir):
     """[choice.T4]"""
     for follow, trains in (("paper", False), ("released", True)):
         args = train.parse_args(command(tiny_dir, "unused", "--follow", f"T4={follow}", method="lm"))
-        network, _, _ = train.build(args, 28, "cpu")
+        network, _ = infer.build(args, 28, "cpu")
         assert network.get_output_embeddings().weight.requires_grad == trains
 
 
@@ -349,6 +349,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_keeps_the_che
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("error: step ") and "lower --learning_rate" in line for line in lines), lines
     assert not (tmp_path / "out" / "metrics_test.json").exists()
+
+
+@pytest.mark.parametrize("free, prompts", [(10.0, 15), (3.0, 3), (0.1, 1), (1000.0, 16)])
+def test_auto_micro_batches_fill_80_percent_of_the_free_memory(prepared, monkeypatch, free, prompts):
+    """A prompt takes 0.5 GB on top of 0.5 for all: (0.8 free - 0.5) / 0.5 of them fit, and at most a batch."""
+    _, network, encoded = prepared("mistral", "clsp")
+    objective = train.Objective(network, "cls", 10**9)
+    pad, prompts_of = data.pad, []
+
+    def counting(rows, *more):
+        prompts_of[-1] += len(rows)
+        return pad(rows, *more)
+
+    def growth_gb(work, device):
+        prompts_of.append(0)
+        work()
+        return 0.5 + 0.5 * prompts_of[-1]
+
+    monkeypatch.setattr(data, "pad", counting)
+    monkeypatch.setattr(train, "growth_gb", growth_gb)
+    monkeypatch.setattr(train, "free_memory_gb", lambda device: free)
+    tokens, found = train.fit_micro_batch(objective, encoded, 16)
+    assert prompts_of == [1, 1, 5] and found == free
+    assert tokens == prompts * encoded.lengths.max()
+
+
+def test_measured_growth_is_that_of_the_work(tmp_path):
+    """300 MB that are freed again count; what was there before does not. Tolerance 10%."""
+    held = np.ones(50_000_000)
+    growth = train.growth_gb(lambda: np.ones(37_500_000).sum(), torch.device("cpu"))
+    assert growth == pytest.approx(0.3, rel=0.1) and len(held)
+
+
+def test_a_run_with_auto_micro_batches_says_and_records_what_fits(tiny_dir, tmp_path, capsys):
+    arguments = command(tiny_dir, tmp_path / "out", "--micro_batch_tokens", "auto")
+    assert train.main(arguments) == 0
+    tokens = json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["micro_batch_tokens"]
+    assert tokens > 0 and f"--micro_batch_tokens {tokens} fits into the " in capsys.readouterr().out
 
 
 # ---- Checkpoints ----
