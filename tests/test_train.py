@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_keeps_the_che
 
 @pytest.mark.parametrize("free, prompts", [(10.0, 15), (3.0, 3), (0.1, 1), (1000.0, 16)])
 def test_auto_micro_batches_fill_80_percent_of_the_free_memory(prepared, monkeypatch, free, prompts):
-    """A prompt takes 0.5 GB on top of 0.5 for all: (0.8 free - 0.5) / 0.5 of them fit, and at most a batch."""
+    """A prompt takes 0.5 GB on top of 0.5 for all: (0.8 free - 0.5) / 0.5 of them fit, at most a batch."""
     _, network, encoded = prepared("mistral", "clsp")
     objective = train.Objective(network, "cls", 10**9)
     pad, prompts_of = data.pad, []
