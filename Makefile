@@ -12,7 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help:
 	@echo "make setup       .venv with the exact versions of requirements*.txt (the other targets call it)"
 	@echo "make test        the tests: CPU, no network"
-	@echo "make reproduce   [PROFILE=tiny|small|paper] [SEEDS='1 2 3'] [MODEL=DIR] [CSV=annotations.csv]"
+	@echo "make reproduce   [PROFILE=tiny|small|paper] [SEEDS='1 2 3'] [MODEL=DIR] [DATA=DIR] [CSV=annotations.csv]"
 	@echo "make bench       speed and memory beside transformers Trainer + peft, in the same run"
 	@echo "make chaos       kills and faults, many of them; what was lost"
 	@echo "make lint        ruff and mypy"
@@ -92,14 +92,14 @@ $(TINY)/tiny.json: tests/tiny.py prompts.py | setup
 	$(BIN)/python tests/tiny.py $(TINY)
 
 plan: setup
-	@$(BIN)/python tests/plan.py $(PROFILE) $(TARGETS)
+	@$(BIN)/python tests/plan.py $(PROFILE) --data $(DATA) --model $(MODEL) --limit $(LIMIT) --cells $(TARGETS)
 
 cells: $(TARGETS)
 
 reproduce: plan
 	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells
 	$(BIN)/python metrics.py tables $(RUNS) --figures
-	@$(BIN)/python tests/plan.py --missing $(PROFILE)
+	@$(BIN)/python tests/plan.py $(PROFILE) --missing
 
 bench: setup
 	$(BIN)/python tests/bench/train.py $(BENCH)

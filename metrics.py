@@ -331,9 +331,19 @@ def format_cell(cell, sign=""):
     return text + (f" (paper {cell['paper']:{sign}.2f})" if "paper" in cell else "")
 
 
+def markdown(report):
+    """The lines of a report's tables: {title: {row: {column: cell}}}."""
+    for title, rows in report.items():
+        for row in [*rows.values()][:1]:
+            yield from (f"\n## {title}\n", f"| | {' | '.join(row)} |", "| --- " * (1 + len(row)) + "|")
+        for name, row in rows.items():
+            cells = [format_cell(cell, "+" if "[%]" in column else "") for column, cell in row.items()]
+            yield f"| {name} | {' | '.join(cells)} |"
+
+
 def tables(runs_dir):
     """Tables I-III and the auditor's as Markdown, also written into runs_dir as tables.md and tables.json."""
-    report, lines = {}, []
+    report = {}
     for dataset, models in collect(runs_dir).items():
         paper = PAPER if dataset in DATASETS else {}
         for number, (shown, methods) in TABLES.items():
@@ -350,13 +360,7 @@ def tables(runs_dir):
                     for part in ("", "seen", "unseen") for key in AUDIT}
             pairs = [("clsp", name) for name in names[1:] if "clsp" in names]
             report[f"Auditor's table. {dataset}, {model}"] = add_gains(rows, pairs)
-    for title, rows in report.items():
-        for row in [*rows.values()][:1]:
-            lines += [f"\n## {title}\n", f"| | {' | '.join(row)} |", "| --- " * (1 + len(row)) + "|"]
-        for name, row in rows.items():
-            cells = [format_cell(cell, "+" if "[%]" in column else "") for column, cell in row.items()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = "\n".join([*lines, FOOTNOTE])
+    text = "\n".join([*markdown(report), FOOTNOTE])
     for name, content in (("tables.md", text), ("tables.json", json.dumps(report, indent=1))):
         temporary = Path(runs_dir, f"{name}.tmp")
         temporary.write_text(content, encoding="utf-8")

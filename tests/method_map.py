@@ -52,7 +52,23 @@ def tags_in_tests():
     return places
 
 
+SECTIONS = {  # tag -> where the paper, or who else, says it; a choice is a row of the audit
+    "cls.head": "IV-B", "cls.t5": "IV-B", "lora.3": "VI-C; LoRA eq. 3", "loss.cls": "IV-B", "loss.lm": "IV-C",
+    "method.CLS": "IV-B", "method.CLS-P": "V-B", "method.LM": "IV-C", "method.LM-P": "V-C",
+    "method.Q": "IV-A", "method.Q-NS": "V-A", "metric.F1": "VI", "metric.gain": "VII",
+    "nf4.5": "VI-C; QLoRA eq. 5", "nf4.6": "VI-C; QLoRA eq. 6", "step.unscale": "VI-C, fp16",
+    "step.clip": "not in the paper", "step.schedule": "not in the paper",
+}
+
+
+def rows():
+    """The lines of the README's method map."""
+    code, tests = tags_in_code(), tags_in_tests()
+    yield from ("| tag | paper | where | test |", "|---|---|---|---|")
+    for tag in sorted(code, key=lambda tag: (tag.startswith("choice"), tag)):
+        section = SECTIONS.get(tag) or f"audit row {tag.partition('.')[2]}"
+        yield f"| `{tag}` | {section} | `{code[tag][0]}` | `{(tests.get(tag) or ['?'])[0]}` |"
+
+
 if __name__ == "__main__":
-    tests = tags_in_tests()
-    for tag, where in sorted(tags_in_code().items()):
-        print(f"| {tag} | {', '.join(where)} | {(tests.get(tag) or ['?'])[0]} |")
+    print("\n".join(rows()))

@@ -1,12 +1,14 @@
 """What `make reproduce` is about to do: the cells, what they cost on this machine, what is missing.
 
-    python tests/plan.py PROFILE TARGET ...      before; a target is the metrics_test.json of a cell
-    python tests/plan.py --missing PROFILE       after: what the full reproduction needs
+    python tests/plan.py PROFILE --data DIR --model M --limit N N N --cells TARGET ...    before
+    python tests/plan.py PROFILE --missing                                                 after
 
-A training step takes 4 FLOP per weight and token: forward, and the gradient of activations.
-Hours are at 40% of the matrix-product rate that is measured here and now, a usual share for plain PyTorch.
+A target is the metrics_test.json of a cell. A training step takes 4 FLOP per weight and token: forward, and
+the gradient of activations; a generated response counts as 20 tokens. Hours are at 40% of the matrix-product
+rate that is measured here and now, a usual share for plain PyTorch.
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SIZES = {  # model -> (weights of the linear layers in 1e9, name), from the models' configs
+SIZES = {  # model -> weights of the linear layers in 1e9, from the models' configs
     "mistral": 6.98,
     "phi-2": 2.52,
     "stablelm": 3.03,
@@ -34,7 +36,7 @@ USD_PER_REQUEST = {
 
 
 def measured_flops():
-    """FLOP/s of one bf16 matrix product on this machine's device."""
+    """FLOP/s of one bf16 matrix product on this machine's devices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device).bfloat16()
@@ -46,53 +48,68 @@ def measured_flops():
     return best * max(1, torch.cuda.device_count())
 
 
-def cost_of(dataset, model, method):
-    """(FLOP, US dollars) of one cell of the paper's tables."""
-    n_train, n_test, n_texts, tokens = DATA[dataset]
+def cost_of(target, limit):
+    """(FLOP, US dollars) of the cell .../DATASET/MODEL/METHOD/SEED/metrics_test.json."""
+    dataset, model, method = target.parts[-5:-2]
+    n_train, n_test, n_texts, tokens = DATA.get(dataset, (0, 0, 0, 150))
+    epochs = EPOCHS
+    if limit:
+        (n_train, n_test, n_texts), epochs = (limit[0], limit[-1], limit[-1]), 1
+    n_asked = n_texts if method == "q0s" else n_test
     if model.startswith("gpt"):
-        return 0.0, (n_texts if method == "q0s" else n_test) * USD_PER_REQUEST[model]
-    if method.startswith("q"):
-        return 2 * SIZES[model] * 1e9 * tokens * (n_texts if method == "q0s" else n_test) * 2, 0.0
-    return SIZES[model] * 1e9 * tokens * (4 * n_train * EPOCHS + 2 * 20 * n_test), 0.0
+        return 0.0, n_asked * USD_PER_REQUEST[model]
+    weights = 1e9 * SIZES[model.partition("-")[0] if model.startswith("smollm2") else model]
+    trained = 0 if method.startswith("q") else 4 * n_train * epochs
+    responses = 0 if method.startswith("cls") else 2 * n_asked * 20
+    return weights * (tokens * (trained + 2 * n_asked) + responses), 0.0
 
 
-def main(argv):
-    if argv[:1] == ["--missing"]:
-        if argv[1] != "paper":
+def missing(profile, data, model):
+    """Yields a line for each thing that the profile wants and this machine lacks."""
+    if profile == "paper" and not torch.cuda.is_available():
+        yield "a CUDA GPU; without one the four models are refused"
+    if profile == "paper" and not os.environ.get("OPENAI_API_KEY"):
+        yield 'OPENAI_API_KEY; the GPT rows stay "not run"'
+    if profile == "small" and not Path(model).is_dir():
+        yield f"{model} as a directory; it comes from the model hub"
+    for dataset in DATA:
+        if profile != "tiny" and not Path(data, dataset).is_dir():
+            yield f"{data}/{dataset}" + ("; it is downloaded" if profile == "paper" else "")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("profile", choices=("tiny", "small", "paper"))
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--model", default="")
+    parser.add_argument("--limit", type=int, nargs="*", default=())
+    parser.add_argument("--cells", type=Path, nargs="*", default=())
+    args = parser.parse_args(argv)
+    if args.missing:
+        if args.profile != "paper":
             print(
                 "The full reproduction: make reproduce PROFILE=paper, with CUDA GPUs of 24 GB or more, the "
                 "model hub, the corpora (downloaded), and OPENAI_API_KEY for the GPT rows."
             )
         return
-    profile, targets = argv[0], [Path(target) for target in argv[1:]]
-    todo = [target for target in targets if not target.exists()]
+    todo = [target for target in args.cells if not target.exists()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU of {os.cpu_count()} cores"
-    print(
-        f"profile {profile} on {device}: {len(targets)} cells, {len(todo)} of them to do"
-    )
-    if profile == "paper":
-        costs = [cost_of(*target.parts[-5:-2]) for target in todo]
-        flop, usd = sum(c[0] for c in costs), sum(c[1] for c in costs)
+    print(f"profile {args.profile} on {device}: {len(args.cells)} cells, {len(todo)} of them to do")
+    if args.profile == "tiny":
+        print("cost: up to 10 minutes on 2 cores; nothing is missing or downloaded; synthetic numbers")
+    else:
+        limit = args.limit if args.profile == "small" else ()
+        flop, usd = map(sum, zip((0, 0), *(cost_of(target, limit) for target in todo), strict=True))
         rate = measured_flops()
         print(
-            f"{flop:.1e} FLOP, {flop / rate / 0.4 / 3600:.0f} hours at 40% of {rate / 1e12:.0f} TFLOP/s; "
-            f"{usd:.0f} US dollars for the API, estimated"
+            f"cost, estimated: {flop:.1e} FLOP, {flop / rate / 0.4 / 3600:.1f} hours at 40% of "
+            f"{rate / 1e12:.2f} TFLOP/s; {usd:.0f} US dollars for the API"
         )
-        if not torch.cuda.is_available():
-            print("missing: a CUDA GPU; without one the four models are refused")
-        if not os.environ.get("OPENAI_API_KEY"):
-            print('missing: OPENAI_API_KEY; the GPT rows stay "not run"')
-        for dataset in DATA:
-            if not Path("data", dataset).is_dir():
-                print(f"missing: data/{dataset}; it is downloaded")
-        print(f"disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free; the models take about 40 GB")
-    elif profile == "tiny":
-        print(
-            "cost: up to 10 minutes on 2 cores; nothing is missing or downloaded. Its numbers are synthetic."
-        )
-    else:
-        print("cost: 10 to 30 minutes a cell on 2 cores, about one on a GPU")
+        print(f"disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free; the paper's models take about 40 GB")
+    for line in missing(args.profile, args.data, args.model):
+        print(f"missing: {line}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

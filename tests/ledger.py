@@ -1,0 +1,138 @@
+"""The README's tables, built from results/*.jsonl and the code: no number stands there without its command.
+
+    python tests/ledger.py add RUNS_DIR --command "make reproduce ..."    appends the numbers of finished runs
+    python tests/ledger.py readme                                         writes the README's blocks anew
+
+A later number of the same title, row and column takes the place of an earlier one. What the paper reports and
+the ledger does not have stands there as "not run".
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import method_map  # noqa: E402
+
+import lora  # noqa: E402
+import metrics  # noqa: E402
+
+RESULTS = ROOT / "results"
+SUBJECTS = {
+    "prompts.py": "the words: labels, the paper's templates, one prompt, one response, its parsing",
+    "metrics.py": "the numbers: F1 and its companions, thresholds, intervals, gains, tables, figures",
+    "data.py": "the annotations: download, read, clean, split, examples, encode, batch",
+    "lora.py": "all that is added to a base model: NF4 loading, LoRA, heads, adapters on disk",
+    "infer.py": "a prediction: adapters, local queries, the GPT API, one text seen by several users",
+    "train.py": "learning: data parallelism, mixed precision, the loop, checkpoints, evaluation",
+}
+
+
+def read(name):
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(line):
+    return line["title"], line["row"], line["column"]
+
+
+def add(runs_dir, command):
+    """Puts each cell of the tables of a directory of runs into results/ledger.jsonl."""
+    metrics.tables(runs_dir)
+    report = json.loads(Path(runs_dir, "tables.json").read_text())
+    configs = [json.loads(path.read_text()) for path in Path(runs_dir).rglob("config.json")
+               if (path.parent / "metrics_test.json").exists()]
+    source = {"command": command} | {
+        name: ", ".join(sorted({str(config[name]) for config in configs})) for name in ("commit", "device")}
+    new = [{"title": title, "row": row, "column": column} | cell | source
+           for title, rows in report.items() for row, cells in rows.items() for column, cell in cells.items()
+           if {"value", "paper"} & cell.keys()]
+    kept = [line for line in read("ledger.jsonl") if key(line) not in set(map(key, new))]
+    text = "".join(json.dumps(line) + "\n" for line in kept + new)
+    lora.write_atomically(RESULTS / "ledger.jsonl", lambda path: path.write_text(text))
+
+
+def not_run():
+    """Lines for all that the paper's tables report: a number of the ledger takes their place."""
+    for number, (models, methods) in metrics.TABLES.items():
+        for model, method in ((model, method) for model in models for method in methods):
+            for dataset, value in zip(metrics.DATASETS, metrics.PAPER[model].get(method, ()), strict=False):
+                yield {"title": f"Table {number}. {dataset}", "row": model, "column": method, "paper": value,
+                       "command": 'make reproduce PROFILE=paper SEEDS="1 2 3"'}
+
+
+def ledger_block():
+    """A paragraph per command, commit and device, and the tables of its numbers."""
+    sources, lines = {}, read("ledger.jsonl")
+    done = set(map(key, lines))
+    for line in lines + [line for line in not_run() if key(line) not in done]:
+        made = f"commit {line['commit']}; {line['device']}" if "commit" in line else "not run"
+        report = sources.setdefault(f"\n`{line['command']}`; {made}:", {})
+        report.setdefault(line["title"], {}).setdefault(line["row"], {})[line["column"]] = line
+    for source, report in sources.items():
+        for rows in report.values():
+            columns = dict.fromkeys(column for row in rows.values() for column in row)
+            for name, row in rows.items():
+                rows[name] = {column: row.get(column, {}) for column in columns}
+        yield source
+        yield from (line.replace("## ", "#### ", 1) for line in metrics.markdown(report))
+
+
+def rows_block(name, columns):
+    """The lines of a results file as one table; a number is shown with three digits."""
+    def show(value):
+        return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for line in read(name):
+        yield f"| {' | '.join(show(line.get(column)) for column in columns)} |"
+
+
+def files_block():
+    yield from ("| file | lines | its one subject |", "|---|---|---|")
+    for name, subject in SUBJECTS.items():
+        yield f"| `{name}` | {len((ROOT / name).read_text().splitlines())} | {subject} |"
+
+
+def blocks():
+    """{name of a README block: its lines}."""
+    return {
+        "map": method_map.rows(), "files": files_block(), "ledger": ledger_block(),
+        "bench": rows_block("bench.jsonl", ("row", "ours", "peer", "ratio", "target", "device")),
+        "reliability": rows_block("reliability.jsonl", ("what", "injected", "lost", "command")),
+    }
+
+
+def filled(readme):
+    """The README's text with every block as it should be."""
+    for name, lines in blocks().items():
+        block = f"<!-- begin {name} -->\n" + "\n".join(lines) + f"\n<!-- end {name} -->"
+        pattern = f"<!-- begin {name} -->.*?<!-- end {name} -->"
+        assert re.search(pattern, readme, re.DOTALL), f"README.md has no block {name}"
+        readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
+    return readme
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="what", required=True)
+    adding = commands.add_parser("add")
+    adding.add_argument("runs_dir")
+    adding.add_argument("--command", required=True, help="what made the runs, without paths of one machine")
+    commands.add_parser("readme")
+    args = parser.parse_args(argv)
+    if args.what == "add":
+        add(args.runs_dir, args.command)
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(filled(readme.read_text()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
