@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chaos
 import numpy as np
 import pytest
 import torch
@@ -490,9 +491,10 @@ def test_two_processes_are_killed_and_end_bit_identical(tiny_dir, tmp_path):
     while not list(out.glob("checkpoint/*.safetensors")):
         time.sleep(0.01)
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
+    chaos.kill_all(process)
     for each in (first, process):
         each.communicate()
+    assert not (out / "metrics_test.json").exists()
     second = start(command(tiny_dir, out), 2)
     output, _ = second.communicate()
     assert second.returncode == 0, output
