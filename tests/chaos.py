@@ -115,9 +115,9 @@ def one_worker(process, out, rng, lasts):
 
 # ---- The rows ----
 
-MODEL = "--model {inputs}/models/mistral --dtype fp32 --data_dir {inputs}/goemotions --out {out}"
-TRAIN = (f"{ROOT}/train.py --method clsp {MODEL} --batch_size 16 --max_steps 40 --validations 10 --lora_r 4 "
-         "--learning_rate 1e-3")
+MODEL = "--model {inputs}/models/mistral --data_dir {inputs}/goemotions --out {out}"
+TRAIN = (f"{ROOT}/train.py --method clsp {MODEL} --dtype fp32 --batch_size 16 --max_steps 40 --validations 10 "
+         "--lora_r 4 --learning_rate 1e-3")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2"
 QUERY = f"{ROOT}/infer.py {MODEL} --method"
 DOWNLOAD = ('-c "import sys, pathlib, data; data.download(*sys.argv[1:3], pathlib.Path(sys.argv[3]))" {url} '
@@ -129,7 +129,7 @@ ROWS = {  # victim: (command behind `python`, how it is struck, files that must 
     "train, two processes": (f"{TORCHRUN} {TRAIN}", at_random, TRAINED),
     "train, in a write": (TRAIN, in_a_write, TRAINED),
     "train, one of two workers": (f"{TORCHRUN} --max-restarts 3 {TRAIN}", one_worker, TRAINED),
-    "query of a model": (f"{QUERY} q0s", at_random, PREDICTIONS),
+    "query of a model": (f"{QUERY} q0s --dtype fp32", at_random, PREDICTIONS),
     "query of a server": (f"{QUERY} q1s --api_base {{url}}/v1", at_random, PREDICTIONS),
     "download": (DOWNLOAD, at_random, ("corpus",)),
 }

@@ -70,7 +70,7 @@ def main(argv=None):
         result[name] = {"first_third": a, "last_third": b, "growth_per_hour": (b - a) / hours}
         low, high = LIMITS.get(name, (0, 1e9))
         result["failed"] += [name] * (not low * a <= b <= high * a)
-        print(f"{name:<16} {a:10.2f} {b:10.2f} {(b - a) / hours:+10.2f} an hour{'  FAILED' * (name in result['failed'])}")
+        print(f"{name:<16} {a:10.2f} {b:10.2f} {(b - a) / hours:+10.2f} an hour", "FAILED" * (name in result["failed"]))
     if args.results:
         args.results.open("a").write(json.dumps(result) + "\n")
     return int(bool(result["failed"]))

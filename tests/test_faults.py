@@ -29,14 +29,14 @@ WRITTEN = {
 
 
 def arguments(tiny_dir, out, method, *more):
-    words = f"--method {method} --data_dir {tiny_dir}/goemotions --dtype fp32 --limit 48 16 16 --out {out}"
+    words = f"--method {method} --data_dir {tiny_dir}/goemotions --limit 48 16 16 --out {out}"
     return [*words.split(), *more]
 
 
 @pytest.fixture(scope="module")
 def commands(tiny_dir):
     """{name: start(out)} of everything that writes a run; a start returns the exit status."""
-    server, model = Server(lambda prompt, n: reply("joy")), ("--model", f"{tiny_dir}/models/mistral")
+    server, model = Server(lambda prompt, n: reply("joy")), f"--model {tiny_dir}/models/mistral --dtype fp32".split()
     steps = "--quantize none --batch_size 16 --max_steps 2 --validations 2 --learning_rate 1e-3".split()
     yield {
         "train": lambda out: train.main(arguments(tiny_dir, out, "cls", *model, *steps)),
