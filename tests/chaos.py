@@ -116,8 +116,8 @@ def one_worker(process, out, rng, lasts):
 # ---- The rows ----
 
 MODEL = "--model {inputs}/models/mistral --data_dir {inputs}/goemotions --out {out}"
-TRAIN = (f"{ROOT}/train.py --method clsp {MODEL} --dtype fp32 --batch_size 16 --max_steps 40 --validations 10 "
-         "--lora_r 4 --learning_rate 1e-3")
+TRAIN = (f"{ROOT}/train.py --method clsp {MODEL} --dtype fp32 --batch_size 16 --max_steps 40 --validations "
+         "10 --lora_r 4 --learning_rate 1e-3")
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node 2"
 QUERY = f"{ROOT}/infer.py {MODEL} --method"
 DOWNLOAD = ('-c "import sys, pathlib, data; data.download(*sys.argv[1:3], pathlib.Path(sys.argv[3]))" {url} '

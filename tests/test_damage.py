@@ -29,8 +29,8 @@ def damages(content, n):
 def finished(tiny_dir, tmp_path_factory):
     """The directory of a finished run."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    more = f"--model {tiny_dir}/models/mistral --dtype fp32 --quantize none --max_steps 2 --validations 2".split()
-    assert train.main(arguments(tiny_dir, out, "cls", *more)) == 0
+    words = f"--model {tiny_dir}/models/mistral --dtype fp32 --quantize none --max_steps 2 --validations 2"
+    assert train.main(arguments(tiny_dir, out, "cls", *words.split())) == 0
     return out
 
 

@@ -36,7 +36,8 @@ def arguments(tiny_dir, out, method, *more):
 @pytest.fixture(scope="module")
 def commands(tiny_dir):
     """{name: start(out)} of everything that writes a run; a start returns the exit status."""
-    server, model = Server(lambda prompt, n: reply("joy")), f"--model {tiny_dir}/models/mistral --dtype fp32".split()
+    server = Server(lambda prompt, n: reply("joy"))
+    model = f"--model {tiny_dir}/models/mistral --dtype fp32".split()
     steps = "--quantize none --batch_size 16 --max_steps 2 --validations 2 --learning_rate 1e-3".split()
     yield {
         "train": lambda out: train.main(arguments(tiny_dir, out, "cls", *model, *steps)),
