@@ -61,8 +61,8 @@ def main(argv=None):
     for before, one in zip(samples, samples[1:]):
         for clock in ("s", "cpu_s"):
             one[f"steps_per_{clock}"] = (one["step"] - before["step"]) / (one[clock] - before[clock])
-    third = max(1, (len(samples) - 1) // 3)
-    first, last = samples[1: 1 + third], samples[-third:]
+    first, last = samples[1: 1 + len(samples) // 3], samples[-(len(samples) // 3):]
+    assert first, "too short: training had hardly begun"
     hours, result = (last[0]["s"] - first[0]["s"]) / 3600, {"minutes": args.minutes, "failed": []}
     for name in (*LIMITS, "steps_per_s", "log_mb"):  # other work on the machine changes the steps per second
         a, b = (statistics.median(one[name] for one in part) for part in (first, last))
