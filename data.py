@@ -18,6 +18,7 @@ import csv
 import fcntl
 import hashlib
 import math
+import os
 import random
 import sys
 import time
@@ -169,8 +170,12 @@ def download(url, blob_id, path, attempts=5, timeout_s=30, wait_s=1.0):
                                         "put the file there yourself") from error
             time.sleep(wait_s * 2 ** (attempt - 1))
             continue
+        except OSError as error:  # a full disk
+            raise OSError(f"cannot write {part}: {error}") from None
         found = git_blob_id(part)
         if found == blob_id:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # else a power cut may leave a hole under the final name
             part.replace(path)
             return
         part.unlink()  # what was resumed may have been the rest of something else: once more, from the start

@@ -203,11 +203,13 @@ def claim_out(args):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {args.out} is in use by another run: wait, or use another --out") from None
+    for left in args.out.rglob("*.tmp"):  # of a write that was killed
+        left.unlink()
     path = args.out / "config.json"
     if not path.exists():
         return lock, None
-    config = json.loads(path.read_text())
-    old, new = config["arguments"], arguments_of(args)
+    config = metrics.read_json(path)
+    old, new = config.get("arguments", {}), arguments_of(args)
     if different := sorted(k for k in new if k not in HOW and json.dumps(old.get(k)) != json.dumps(new[k])):
         was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
         raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
@@ -675,7 +677,10 @@ def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(
     text = "".join(json.dumps(row) + "\n" for row in rows)
     lora.write_atomically(Path(out, f"predictions_{split}.jsonl"), lambda path: path.write_text(text))
     result = metrics.evaluate(rows, label_names, thresholds, unseen_users) | further
-    write_json(Path(out, f"metrics_{split}.json"), result)
+    names = ("config.json", f"predictions_{split}.jsonl", f"baselines_{split}.json")
+    sums = {name: metrics.sha256(Path(out, name).read_bytes()) for name in names if Path(out, name).exists()}
+    sums["figures"] = metrics.sha256(json.dumps(result).encode())
+    write_json(Path(out, f"metrics_{split}.json"), result | {"sha256": sums})
     return result
 
 
@@ -693,19 +698,19 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
             result = write_results(args.out, split, rows, label_names, None, unseen_users,
                                    decoding_steps=steps, seconds=time.perf_counter() - started)
         return result
-    scores, thresholds = {}, None
-    for name in ("val", "test") if split == "test" else ("val",):
-        scores[name] = predict_scores(model, encoded[name], args.micro_batch_tokens, processes, name)
-        if not processes.rank:
-            rows = rows_of_scores(splits[name], encoded[name], scores[name])
-            result = write_results(args.out, name, rows, label_names, thresholds, unseen_users,
-                                   seconds=time.perf_counter() - started)
-            thresholds = metrics.tune_thresholds(splits[name].labels, scores[name])
-    if args.method == "cls" and "train" in encoded and split == "test":
-        scores["train"] = predict_scores(model, encoded["train"], args.micro_batch_tokens, processes,
-                                         "baselines")
-        if not processes.rank:
-            write_json(args.out / "baselines_test.json", evaluate_baselines(splits, scores))
+    names, thresholds = ("val", "test") if split == "test" else ("val",), None
+    with_baselines = args.method == "cls" and "train" in encoded and split == "test"
+    scores = {name: predict_scores(model, encoded[name], args.micro_batch_tokens, processes, name)
+              for name in (*names, *["train"] * with_baselines)}
+    if processes.rank:
+        return None
+    if with_baselines:
+        write_json(args.out / "baselines_test.json", evaluate_baselines(splits, scores))
+    for name in names:  # the metrics of test come last: they say that the run is finished
+        rows = rows_of_scores(splits[name], encoded[name], scores[name])
+        result = write_results(args.out, name, rows, label_names, thresholds, unseen_users,
+                               seconds=time.perf_counter() - started)
+        thresholds = metrics.tune_thresholds(splits[name].labels, scores[name])
     return result
 
 
@@ -754,7 +759,11 @@ def load_run(directory, given):
     path = Path(directory, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
-    args = argparse.Namespace(**json.loads(path.read_text())["arguments"])
+    if path.with_name("metrics_test.json").exists():
+        metrics.check_files(path.parent)
+    elif path.with_name("checkpoint").exists():
+        raise ValueError(f"--run {directory} is not finished: start its train.py command again")
+    args = argparse.Namespace(**metrics.read_json(path)["arguments"])
     args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
     if given.get("constrain", args.constrain) != args.constrain and "out" not in given:
         raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")

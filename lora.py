@@ -13,6 +13,7 @@ Does not train (train.py) and does not know prompts or data.
 import argparse
 import copy
 import ctypes
+import hashlib
 import json
 import logging
 import math
@@ -469,8 +470,18 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # a full disk: it depends on who writes
+        raise OSError(f"cannot write {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest_of(tensors, text=""):
+    """sha256 of named tensors and a text, in hex."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, target_modules, family):
@@ -483,7 +494,8 @@ def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, targ
         "modules_to_save": list(model.last_layer) if model.last_layer_trains else None,
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    write_atomically(Path(directory, "adapter_model.safetensors"), lambda path: save_file(state, path))
+    write_atomically(Path(directory, "adapter_model.safetensors"),
+                     lambda path: save_file(state, path, {"format": "pt", "sha256": digest_of(state)}))
     text = json.dumps(config, indent=1)
     write_atomically(Path(directory, "adapter_config.json"), lambda path: path.write_text(text))
 
@@ -497,6 +509,9 @@ def load_adapter(model, directory):
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; train first, or give the directory of a finished run")
     stored, own = dict(stored_tensors(path)), adapter_state(model)
+    with safe_open(path, "pt") as file:  # peft's has no sha256
+        if (written := (file.metadata() or {}).get("sha256")) and written != digest_of(stored):
+            raise ValueError(f"{path} is damaged: its tensors are not those that were written; restore it")
     if missing := sorted(own.keys() - stored.keys()):
         raise ValueError(f"{path} lacks {len(missing)} of {len(own)} tensors, such as {missing[0]}")
     if extra := sorted(stored.keys() - own.keys()):

@@ -10,6 +10,7 @@ run may hold baselines_test.json, {one of AUDITED: metrics}. Does not predict (i
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -229,10 +230,32 @@ NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens"
               "max_cost"}
 
 
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_json(path):
+    """The content of a JSON file. Raises: ValueError with its name."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or use another directory") from None
+
+
+def check_files(directory):
+    """Returns metrics_test.json. Raises: ValueError if it or a file that it was made with is another one."""
+    result = read_json(directory / "metrics_test.json")
+    for name, written in result.pop("sha256", {}).items():  # a run of an older version has none
+        path = directory / ("metrics_test.json" if name == "figures" else name)
+        content = json.dumps(result).encode() if name == "figures" else path.is_file() and path.read_bytes()
+        if not content or sha256(content) != written:
+            raise ValueError(f"{path} is not what was written; restore it, or remove {directory}")
+    return result
+
+
 def load_run(directory):
     """A finished run and its baselines, which have no data. Raises: ValueError, KeyError, TypeError."""
-    config = json.loads((directory / "config.json").read_bytes())
-    metrics = json.loads((directory / "metrics_test.json").read_bytes())
+    metrics, config = check_files(directory), read_json(directory / "config.json")
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
     if abs(f1_macro(data.gold, data.predicted) - metrics["f1_macro"]) > 1e-6:

@@ -306,18 +306,12 @@ def save_checkpoint(directory, parameters, optimizer, state):
     tensors |= {f"rng.{rank}": one for rank, one in enumerate(states)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     directory.mkdir(exist_ok=True)
-    metadata = {"state": json.dumps(state | {"world_size": len(states)}), "sha256": digest_of(tensors)}
+    text = json.dumps(state | {"world_size": len(states)})
+    metadata = {"state": text, "sha256": lora.digest_of(tensors, text)}
     path = directory / f"step-{state['step']:08d}.safetensors"
     lora.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
     for old in sorted(directory.glob("step-*.safetensors"))[:-2]:
         old.unlink()
-
-
-def digest_of(tensors):
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_checkpoint(directory, parameters, optimizer, processes):
@@ -331,9 +325,9 @@ def load_checkpoint(directory, parameters, optimizer, processes):
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 metadata = file.metadata()
-            if digest_of(tensors) != metadata["sha256"]:
+            if lora.digest_of(tensors, metadata["state"]) != metadata["sha256"]:
                 raise SafetensorError("its content is not what was written")
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError) as error:  # of damaged metadata, too
             print(f"{path} is broken ({error}); the checkpoint before it is used", file=sys.stderr)
             continue
         state = json.loads(metadata["state"])
@@ -471,8 +465,11 @@ class Log:
             figures = {"loss": self.loss / self.steps, "samples_per_s": self.samples / seconds,
                        "tokens_per_s": self.tokens / seconds, "peak_memory_gb": peak_memory_gb()} | figures
         if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step} | figures) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step} | figures) + "\n")
+            except OSError as error:
+                raise OSError(f"cannot write {self.path}: {error}") from None
         self.start()
 
 
@@ -504,7 +501,7 @@ def run(args, processes):
     model, targets = infer.build(args, len(task.label_names), processes.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, parameters)
-    if old and old["data"]["files"] != report["files"]:
+    if old and old.get("data", {}).get("files") != report["files"]:
         raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
     if args.micro_batch_tokens == "auto" and old:
