@@ -188,8 +188,32 @@ def describe_run(args, report, model=None):
     }
 
 
+def read_config(path):
+    """What a run's config.json holds. Raises: ValueError if it is damaged, or none of a run."""
+    try:
+        config = json.loads(path.read_bytes())
+        if config["data"]["files"] is not None and config["arguments"]["follow"].items():
+            return config
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is not the config.json of a run, or damaged: use another directory")
+
+
 def write_json(path, value):
     lora.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def lock_out(out):
+    """Takes a directory for this process alone; returns the lock. Raises: ValueError if it is taken."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")  # held until the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out} is in use by another run: wait, or use another --out") from None
+    for left in (*out.glob("*.[0-9]*.tmp"), *out.glob("checkpoint/*.[0-9]*.tmp")):
+        left.unlink()  # of a write that was killed
+    return lock
 
 
 def claim_out(args):
@@ -197,19 +221,11 @@ def claim_out(args):
 
     Raises: ValueError if another process is at work there, or if it holds a run with other arguments.
     """
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = open(args.out / ".lock", "w")  # held until the process ends, however it ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out {args.out} is in use by another run: wait, or use another --out") from None
-    for left in args.out.rglob("*.tmp"):  # of a write that was killed
-        left.unlink()
-    path = args.out / "config.json"
+    lock, path = lock_out(args.out), args.out / "config.json"
     if not path.exists():
         return lock, None
-    config = metrics.read_json(path)
-    old, new = config.get("arguments", {}), arguments_of(args)
+    config = read_config(path)
+    old, new = config["arguments"], arguments_of(args)
     if different := sorted(k for k in new if k not in HOW and json.dumps(old.get(k)) != json.dumps(new[k])):
         was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
         raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
@@ -763,7 +779,7 @@ def load_run(directory, given):
         metrics.check_files(path.parent)
     elif path.with_name("checkpoint").exists():
         raise ValueError(f"--run {directory} is not finished: start its train.py command again")
-    args = argparse.Namespace(**metrics.read_json(path)["arguments"])
+    args = argparse.Namespace(**read_config(path)["arguments"])
     args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
     if given.get("constrain", args.constrain) != args.constrain and "out" not in given:
         raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")
@@ -814,11 +830,12 @@ def use_run(args, given, device):
     tokenizer = lora.load_tokenizer(run.model, run.revision)
     encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
     model = load_trained(run, len(task.label_names), device)
-    if run.out != args.run:  # beside the run's own predictions
-        lock, _ = claim_out(run)
-        write_json(run.out / "config.json", describe_run(run, report, model))
-    return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
-                    Processes(device=device))
+    beside = run.out != args.run  # the run's own predictions
+    with claim_out(run)[0] if beside else lock_out(run.out):
+        if beside:
+            write_json(run.out / "config.json", describe_run(run, report, model))
+        return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
+                        Processes(device=device))
 
 
 # ---- Queries ----

@@ -440,6 +440,14 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
 
 
+def step_of(line):
+    """The step of a line of log.jsonl; infinity if the line is torn or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Log:
     """log.jsonl: training loss, speed and memory since the last line, and validation losses."""
 
@@ -447,8 +455,8 @@ class Log:
         self.path, self.encoded, self.enabled = path, encoded, enabled
         self.start()
         if enabled and path.exists():  # what was logged behind the checkpoint is run again
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            kept = "".join(line for line in lines if step_of(line) <= step)
             lora.write_atomically(path, lambda temporary: temporary.write_text(kept))
 
     def start(self):
@@ -501,7 +509,7 @@ def run(args, processes):
     model, targets = infer.build(args, len(task.label_names), processes.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, parameters)
-    if old and old.get("data", {}).get("files") != report["files"]:
+    if old and old["data"]["files"] != report["files"]:
         raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
     if args.micro_batch_tokens == "auto" and old:
