@@ -272,7 +272,11 @@ def test_two_processes_train_the_weights_of_one(tiny_dir, tmp_path):
 
 
 def test_the_learning_rate_is_the_cosine_with_warm_up_of_transformers():
-    """[step.schedule] [choice.T6]"""
+    """[step.schedule] [choice.T6] The defaults are those of the authors' config (README, audit row T6)."""
+    args = vars(train.parse_args(["--method", "clsp"]))
+    recipe = {"learning_rate": 1e-4, "epochs": 10, "batch_size": 128, "max_grad_norm": 1.0, "validations": 20}
+    recipe |= {"lora_r": 2, "lora_alpha": 32, "lora_dropout": 0.05, "seed": 42}
+    assert {name: args[name] for name in recipe} == recipe
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * 130), 130)
     for step in range(130):
