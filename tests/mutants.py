@@ -2,21 +2,27 @@
 
     python tests/mutants.py [TAG ...]      prints killed or SURVIVED for each; exit status 1 if one survives
 
-A mutant is applied in a temporary copy of the repository, where the mapped test runs alone. It is killed by
-failures of that test only: code that cannot be imported, or a test that is not found, counts as broken.
+A mutant is applied in a temporary copy of the repository, where the mapped test runs alone, in a fork of this
+process, which has the libraries already. It is killed by a failure of that test only: code that cannot be
+imported, or a test that is not found, counts as broken.
 """
 
 import argparse
+import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import method_map
+
+LIBRARIES = ["pytest", "torch", "peft", "bitsandbytes", "sklearn.metrics", "hypothesis", "requests", *(
+    f"transformers.models.{name}" for name in (
+        "auto.modeling_auto", "mistral.modeling_mistral", "phi.modeling_phi", "gpt_neox.modeling_gpt_neox",
+        "t5.modeling_t5", "llama.modeling_llama"))]
 
 MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's script
     ("method.Q", '"q0s": Method("query", False, 0)', '"q0s": Method("cls", False, 0)'),
@@ -77,10 +83,16 @@ def mapped():
 def outcome(copy, test):
     """killed, SURVIVED or broken, by the test alone."""
     (file,) = [path for path in (copy / "tests").glob("test_*.py") if f"def {test}(" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(file), "-k", test]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment, check=False)
-    return {0: "SURVIVED", 1: "killed"}.get(done.returncode, "broken:" + done.stdout[-1000:])
+    if not (child := os.fork()):
+        os.chdir(copy)
+        sys.path[:] = [place for place in sys.path if Path(place) != method_map.ROOT / "tests"]
+        del sys.modules["method_map"]
+        for number in (1, 2):
+            os.dup2(os.open(copy / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={copy.parent}/pytest"]
+        os._exit(importlib.import_module("pytest").main([*options, str(file), "-k", test]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {0: "SURVIVED", 1: "killed"}.get(code, f"broken: {(copy / 'output').read_text()[-1000:]}")
 
 
 def main(argv=None):
@@ -89,7 +101,9 @@ def main(argv=None):
     args, places, found = parser.parse_args(argv), mapped(), []
     if places.keys() != (own := {tag for tag, _, _ in MUTANTS}):
         raise ValueError(f"tags without a mutant or the other way round: {sorted(places.keys() ^ own)}")
-    print("| tag | old | new | test | outcome | seconds |\n|---|---|---|---|---|---|")
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    print("| tag | old | new | test | outcome | seconds |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         copy, left_out = Path(directory, "copy"), shutil.ignore_patterns(".*", "runs", "data", "__pycache__")
         shutil.copytree(method_map.ROOT, copy, ignore=left_out)
@@ -101,6 +115,7 @@ def main(argv=None):
             if text.count(old) != 1:
                 raise ValueError(f"{tag}: {old!r} stands {text.count(old)} times in {script}")
             (copy / script).write_text(text.replace(old, new))
+            shutil.rmtree(copy / "__pycache__", ignore_errors=True)  # its times are too coarse for a mutant
             found.append(outcome(copy, test))
             (copy / script).write_text(text)
             seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@
 
 import json
 import logging
+import shutil
 
 import fuzz
 import pytest
@@ -14,6 +15,7 @@ from test_metrics import write_run
 
 import data
 import infer
+import lora
 import metrics
 import train
 
@@ -84,6 +86,19 @@ def test_a_run_that_lacks_what_the_tables_show_is_one_line_and_exit_2(tmp_path, 
     assert metrics.main(["tables", str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and f"{tmp_path}/run is no finished run" in errors[0]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("config.json", '{"model_type": "mistral", '
+     '"hidden_size": "x"}'), ("model.safetensors.index.json", "{}"), ("model.safetensors.index.json", "{"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "../elsewhere.safetensors"}}')])
+def test_a_damaged_json_file_of_a_model_is_one_line_that_names_the_model(tiny_dir, tmp_path, name, content):
+    shutil.copytree(tiny_dir / "models" / "mistral", tmp_path / "model")
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{tmp_path}/model") as refused:
+        lora.load_tokenizer(str(tmp_path / "model"))
+        lora.load_base(str(tmp_path / "model"), "cls")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_label_name_that_would_end_a_response_behind_it_is_refused(tmp_path):

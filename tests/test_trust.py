@@ -2,8 +2,8 @@
 
     python -m pytest -q tests/test_trust.py
 
-Elsewhere: .bin weights in test_lora.py; redirects, blob ids and a NUL in test_data.py; single answers with
-the key in test_api.py.
+Elsewhere: .bin weights in test_lora.py; redirects, blob ids and a NUL in test_data.py; single answers that
+hold the key in test_api.py.
 """
 
 import ast
