@@ -37,7 +37,8 @@ def test_a_checkpoint_of_another_number_of_processes_says_which(tmp_path):
 def test_a_run_is_not_resumed_on_other_data(tiny_dir, tmp_path, capsys):
     args = train.parse_args(command(tiny_dir, tmp_path))
     infer.complete(args)
-    config = {"arguments": infer.arguments_of(args), "data": {"files": {"goemotions_1.csv": {"blob_id": "0"}}}}
+    files = {"goemotions_1.csv": {"blob_id": "0"}}
+    config = {"arguments": infer.arguments_of(args), "data": {"files": files}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.main(command(tiny_dir, tmp_path)) == 2
     assert "the data files are not those that" in capsys.readouterr().err
