@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import infer
 from prompts import METHODS, TASKS, build_prompt, build_response, neutral_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -670,6 +672,10 @@ def test_examples_are_the_users_own_of_train_never_of_the_same_text_and_stable()
     """[choice.P1]: the released code draws from test, unseeded, and a text can be its own example."""
     chance = random.Random(0)
     rows = [(f"{k}", f"u{k % 3}", f"t{chance.randrange(40)}", (k % 2, 1)) for k in range(200)]
+    splits = {"train": annotations_of(rows), "test": annotations_of([("9", "u9", "t9", (1, 0))])}
+    for follow, split in ([], "train"), ([("P1", "released")], "test"):
+        args = types.SimpleNamespace(follow=follow, method="q2s")
+        assert infer.example_pool(args, splits) == data.example_pool(splits[split])
     pool = data.example_pool(annotations_of(rows))
     asked = [(f"t{k}", f"u{u}") for k in range(45) for u in range(3)]
     chosen = {ask: data.choose_examples(pool, *ask, 2, seed=1) for ask in asked}

@@ -13,7 +13,7 @@ import data
 import infer
 import lora
 import train
-from prompts import METHODS, TASKS, build_response, neutral_task
+from prompts import METHODS, TASKS, build_prompt, build_response, neutral_task
 
 ARCHITECTURES = ("mistral", "phi", "neox", "t5")
 
@@ -213,6 +213,10 @@ def test_a_chat_template_changes_the_prompts_of_a_query_only_when_asked(tiny_dir
         assert infer.main(command(tiny_dir, "q0s", "--limit", 3, "--out", out, *extra)) == 0
         hashes.append(json.loads((out / "predictions_test.jsonl").read_text().splitlines()[0])["prompt"])
     assert hashes[0] != hashes[1]
+    args, _ = infer.parse_args(["--method", "q0s", "--data_dir", f"{tiny_dir}/goemotions", "--limit", "3"])
+    task, splits, _ = infer.load_splits(args)
+    text, _ = next(splits["test"].fields())
+    assert hashes[0] == data.prompt_hash("".join(build_prompt(task, METHODS["q0s"], text)))
 
 
 @pytest.mark.parametrize(

@@ -777,6 +777,10 @@ def test_the_papers_models_and_dtypes():
     assert {name: entry[:2] for name, entry in lora.MODELS.items()} == {
         "mistral": ("mistralai/Mistral-7B-Instruct-v0.2", "fp16"), "phi-2": ("microsoft/phi-2", "bf16"),
         "stablelm": ("stabilityai/stablelm-tuned-alpha-3b", "fp16"), "flan-t5": ("google/flan-t5-xl", "bf16")}
+    with pytest.raises(ValueError, match="T5 overflows in fp16"):
+        lora.check_dtype(True, torch.float16)
+    for t5, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.float16)):
+        lora.check_dtype(t5, dtype)
 
 
 def test_the_command_prints_modules_what_is_quantized_and_what_trains(checkpoint_of, capsys):

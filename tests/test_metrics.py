@@ -70,6 +70,11 @@ def test_thresholds_reach_the_best_f1_of_every_possible_cut():
     for label in set(range(12)) - {4}:
         brute = max(f1_score(gold[:, label], scores[:, label] >= cut) for cut in scores[:, label])
         assert f1_score(gold[:, label], scores[:, label] >= thresholds[label]) == pytest.approx(brute)
+    names, thresholds[0] = [f"l{k}" for k in range(12)], scores[7, 0]  # and evaluate uses them, with equality
+    rows = [row(n, 0, [names[k] for k in np.flatnonzero(own)], [], scores[n].tolist())
+            for n, own in enumerate(gold)]
+    expected = f1_score(gold, scores >= thresholds, average="macro", zero_division=0)
+    assert metrics.evaluate(rows, names, thresholds)["f1_macro_tuned"] == pytest.approx(expected)
 
 
 def test_of_equally_good_thresholds_the_highest_is_taken_halfway_between_scores():
@@ -167,6 +172,8 @@ def test_the_papers_up_to_165_percent_is_stablelm_with_a_head_on_unhealthy_conve
     largest = max(gains, key=gains.get)
     assert largest == ("unhealthy", "stablelm", "clsp")
     assert gains[largest] == pytest.approx(164.07, abs=0.005)
+    cells = [{"paper": score} for score in (44.68, 16.92)]
+    assert metrics.compare(*cells)["paper"] == pytest.approx(164.07, abs=0.005)
 
 
 def test_every_row_of_the_papers_tables_has_its_values():
@@ -350,6 +357,12 @@ def test_seeds_of_one_setting_are_averaged_and_their_range_is_shown(tmp_path):
     text = metrics.tables(tmp_path)
     row = table(tmp_path, "Table III. goemotions")["mistral"]
     assert row["cls"]["value"] == pytest.approx(100 * np.mean(runs))
+    samples = 0
+    for n in (1, 2, 3):
+        own = metrics.to_arrays(metrics.read_predictions(tmp_path / f"{n}/predictions_test.jsonl"), LABELS)
+        of_texts = metrics.count(own.gold, own.predicted, own.text_index, len(own.text_ids))
+        samples += 100 * metrics.resample_f1(of_texts) / 3
+    assert row["cls"]["interval"] == pytest.approx(np.quantile(samples, (0.025, 0.975)))
     assert row["cls"]["interval"][0] < row["cls"]["value"] < row["cls"]["interval"][1]
     assert (row["seeds"]["text"], row["n"]["text"]) == ("1, 2, 3", "180")
     assert f"seeds {100 * min(runs):.2f}..{100 * max(runs):.2f}" in text
