@@ -295,9 +295,9 @@ def check_header(path, header, columns, label_names):
         raise ValueError(f"{path}: no column {missing} in the header {header}; see README for the format")
     if not label_names:
         raise ValueError(f"{path}: no label column beside {header}; give each label a column of 0 and 1")
-    everything = parse_response(build_response(label_names), label_names)[0]
-    if odd := [name for name in label_names if parse_response(name, label_names)[0] != [name]
-               or name not in everything]:
+    together = parse_response(build_response(label_names), label_names)[0]
+    if odd := [name for name in label_names
+               if name not in together or parse_response(name, label_names)[0] != [name]]:
         raise ValueError(f"{path}: label names {odd} cannot be read back from a comma-separated response: "
                          "each needs letters, no separators, and to differ in more than case, - and _")
 

@@ -15,10 +15,12 @@ import email.utils
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -189,14 +191,17 @@ def describe_run(args, report, model=None):
 
 
 def read_config(path):
-    """What a run's config.json holds. Raises: ValueError if it is damaged, or none of a run."""
+    """The config.json of a run. Raises: ValueError if it is none, is damaged, or lacks an argument."""
+    shared = argparse.ArgumentParser()
+    add_arguments(shared, METHODS)
     try:
         config = json.loads(path.read_bytes())
-        if config["data"]["files"] is not None and config["arguments"]["follow"].items():
-            return config
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise ValueError(f"{path} is not the config.json of a run, or damaged: use another directory")
+        lack = vars(shared.parse_args([])).keys() - config["arguments"].keys()
+        if lack or not isinstance(config["arguments"]["follow"], dict) or not config["data"]["files"]:
+            raise ValueError(f"no {sorted(lack) or 'files or follow'}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the config.json of a run ({error!r}): use another --out") from None
+    return config
 
 
 def write_json(path, value):
@@ -483,12 +488,15 @@ class ApiClient:
         self.key, self.timeouts, self.session = key, (10, timeout_s), requests.Session()
         self.session.mount(api_base, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
         self.session.auth = lambda request: request  # without it, ~/.netrc would replace the key
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it prints the headers that it cannot read
+        self.secret = re.compile(  # as it is, or in the escapes of JSON in JSON
+            "".join(rf"(?:{re.escape(c)}|\\+u00{ord(c):02x})" for c in key), re.IGNORECASE)
         if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def redact(self, text):
-        """Text without the key; a placeholder for a local server ("none", "EMPTY") is no secret."""
-        return text.replace(self.key, "[key]") if len(self.key) >= 8 else text
+        """Text without the key, escaped or not; a local server's placeholder ("EMPTY") is no secret."""
+        return self.secret.sub("[key]", text) if len(self.key) >= 8 else text
 
     def post(self, body):
         """Returns (HTTP status or 0, answer, Retry-After in seconds). Raises: ApiError, if no retry helps."""
@@ -693,10 +701,8 @@ def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(
     text = "".join(json.dumps(row) + "\n" for row in rows)
     lora.write_atomically(Path(out, f"predictions_{split}.jsonl"), lambda path: path.write_text(text))
     result = metrics.evaluate(rows, label_names, thresholds, unseen_users) | further
-    names = ("config.json", f"predictions_{split}.jsonl", f"baselines_{split}.json")
-    sums = {name: metrics.sha256(Path(out, name).read_bytes()) for name in names if Path(out, name).exists()}
-    sums["figures"] = metrics.sha256(json.dumps(result).encode())
-    write_json(Path(out, f"metrics_{split}.json"), result | {"sha256": sums})
+    write_json(Path(out, f"metrics_{split}.json"),
+               result | {"sha256": metrics.checksums(out, split, result)})
     return result
 
 
@@ -776,7 +782,7 @@ def load_run(directory, given):
     if not path.is_file():
         raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
     if path.with_name("metrics_test.json").exists():
-        metrics.check_files(path.parent)
+        metrics.read_checked(path.parent)
     elif path.with_name("checkpoint").exists():
         raise ValueError(f"--run {directory} is not finished: start its train.py command again")
     args = argparse.Namespace(**read_config(path)["arguments"])

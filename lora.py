@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -91,8 +92,12 @@ def dropout(x, p):
         return F.dropout(x, p)
     cut = min(round(p * 65536), 65535)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = bits[: x.numel()].view(x.shape) >= cut - 32768
-    return x * keep.to(x.dtype).mul_(65536 / (65536 - cut))
+    keep = bits[: x.numel()].view(x.shape)
+    torch.ge(keep, cut - 32768, out=keep)  # 0 or 1 in place: a bool tensor is slow to convert
+    factor = torch.tensor(65536 / (65536 - cut), dtype=x.dtype)
+    if x.element_size() == 2:  # an integer 1 times the bits of the factor is the factor
+        return x * keep.mul_(factor.view(torch.int16)).view(x.dtype)
+    return x * keep.to(x.dtype).mul_(factor)
 
 
 class SharedDropout(nn.Module):
@@ -188,7 +193,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
     """
     (B, H, T, D), (G, S) = query.shape, key.shape[1:3]
     weights = ((query * scaling).reshape(B, G, -1, D) @ key.transpose(2, 3)).view(B, H, T, S)
-    weights = F.dropout(torch.softmax(weights + attention_mask, dim=-1), dropout)
+    weights = F.dropout(torch.softmax(weights.add_(attention_mask), dim=-1), dropout)
     return (weights.view(B, G, -1, S) @ value).view(B, H, T, D).transpose(1, 2), None
 
 
@@ -304,8 +309,8 @@ def from_hub(auto, model, revision=None):
     """The config or tokenizer of a model. Raises: FileNotFoundError if there is none."""
     try:
         return auto.from_pretrained(hub_id(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise FileNotFoundError(
             f"--model {model}: {auto.__name__} finds nothing that it knows in the directory or on the hub "
             f"({reason}); give one of {sorted(MODELS)}, a hub id or a directory") from None
@@ -328,7 +333,12 @@ def checkpoint_files(model, revision=None):
 
     shards = ["model.safetensors"]
     if index := find("model.safetensors.index.json"):
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of safetensors files ({error!r}); restore it") from None
+        if odd := [shard for shard in shards if Path(shard).name != shard]:
+            raise ValueError(f"{index} names {odd}, which are not files beside it; restore it")
     files = [find(shard) for shard in shards]
     if None not in files:
         return files

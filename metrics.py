@@ -230,32 +230,30 @@ NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens"
               "max_cost"}
 
 
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+def checksums(directory, split, result):
+    """sha256 of the files that the figures of a split were made with, and of the figures themselves."""
+    names = ("config.json", f"predictions_{split}.jsonl", f"baselines_{split}.json")
+    contents = {name: Path(directory, name).read_bytes() for name in names if Path(directory, name).exists()}
+    contents["figures"] = json.dumps(result).encode()
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def read_json(path):
-    """The content of a JSON file. Raises: ValueError with its name."""
+def read_checked(directory):
+    """The figures of metrics_test.json. Raises: ValueError if a file is not what was written."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it, or use another directory") from None
-
-
-def check_files(directory):
-    """Returns metrics_test.json. Raises: ValueError if it or a file that it was made with is another one."""
-    result = read_json(directory / "metrics_test.json")
-    for name, written in result.pop("sha256", {}).items():  # a run of an older version has none
-        path = directory / ("metrics_test.json" if name == "figures" else name)
-        content = json.dumps(result).encode() if name == "figures" else path.is_file() and path.read_bytes()
-        if not content or sha256(content) != written:
-            raise ValueError(f"{path} is not what was written; restore it, or remove {directory}")
+        result = json.loads((directory / "metrics_test.json").read_bytes())
+        written = dict(result.pop("sha256"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{directory}/metrics_test.json is damaged: {error!r}") from None
+    found = checksums(directory, "test", result)
+    if other := sorted(name for name in found | written if found.get(name) != written.get(name)):
+        raise ValueError(f"{directory}: {other} not as written; restore it, or remove the directory")
     return result
 
 
 def load_run(directory):
     """A finished run and its baselines, which have no data. Raises: ValueError, KeyError, TypeError."""
-    metrics, config = check_files(directory), read_json(directory / "config.json")
+    metrics, config = read_checked(directory), json.loads((directory / "config.json").read_bytes())
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
     if abs(f1_macro(data.gold, data.predicted) - metrics["f1_macro"]) > 1e-6:
@@ -277,7 +275,7 @@ def collect(runs_dir):
     for path in sorted(Path(runs_dir).rglob("metrics_test.json")):
         try:
             runs = load_run(path.parent)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path.parent} is no finished run: {error!r}") from error
         for run in runs:
             model, dataset = run.model, run.dataset
