@@ -4,7 +4,8 @@
                                 [--steps 4] [--dtype bf16] [--quantize none|nf4] [--results FILE]
 
 A row of ROWS has two sides, which take turns: ours, peer, ours, peer, ... The ratio is taken within a round,
-so other work on the machine changes it little. What is measured of a whole process has one of its own.
+so steady other work on the machine cancels out; on an overloaded CPU use `--clock cpu`. What is measured of
+a whole process has one of its own.
 Fairness: both sides get the same token ids, batches, dtype, threads and LoRA (r 2, all linear layers but the
 last, dropout 0.05). The peer does what transformers and peft do by default (SDPA; LoRA weights in fp32, under
 autocast); its set-up is not timed, its logging, saving, progress bar and NaN filter are off. In the rows
@@ -43,6 +44,7 @@ EVAL_BATCH = 32  # of the peer
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 PROCESS = infer.Processes(device=DEVICE)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -77,7 +79,7 @@ def prepare(options, method, split="train", n=512, many=False):
         note = f"{all_of_them:.2f} annotations per text, {real:.2f} of them in the data, the rest synthetic"
     encoded = infer.encode_split(args, lora.load_tokenizer(args.model), task, splits, split)
     return SimpleNamespace(args=args, encoded=encoded, names=task.label_names, note=note,
-                           family=METHODS[method].family)
+                           family=METHODS[method].family, clock=options.clock)
 
 
 def batches_of(given, options):
@@ -115,10 +117,10 @@ def ours(given, prefix=None):
     prefix = data.shared_prefix(encoded) if prefix is None else prefix
 
     def steps(batches):
-        began = time.perf_counter()
+        began = CLOCKS[given.clock]()
         for rows in batches:
             train.train_step(objective, optimizer, buffer, scale, encoded, rows, prefix)
-        return time.perf_counter() - began
+        return CLOCKS[given.clock]() - began
 
     return model, steps
 
@@ -149,13 +151,30 @@ def peft_model(given):
         exclude_modules="score" if cls else None))
 
 
+class Stopwatch(transformers.TrainerCallback):
+    """Times the training of a Trainer, without its set-up."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_train_begin(self, *_, **__):
+        self.began = self.clock()
+
+    def on_train_end(self, *_, **__):
+        if ON_GPU:
+            torch.cuda.synchronize()
+        self.seconds = self.clock() - self.began
+
+
 def peer(given, checkpointing=False):
     args, model = given.args, peft_model(given)
 
     def steps(batches):
+        watch = Stopwatch(CLOCKS[given.clock])
         with tempfile.TemporaryDirectory() as out:
             trainer = transformers.Trainer(
-                model, data_collator=partial(collate, given), train_dataset=np.concatenate(batches).tolist(),
+                model, callbacks=[watch], data_collator=partial(collate, given),
+                train_dataset=np.concatenate(batches).tolist(),
                 args=transformers.TrainingArguments(
                     out, per_device_train_batch_size=args.batch_size, learning_rate=args.learning_rate,
                     num_train_epochs=1, bf16=args.dtype == "bf16", fp16=args.dtype == "fp16",
@@ -163,9 +182,9 @@ def peer(given, checkpointing=False):
                     train_sampling_strategy="sequential", save_strategy="no", logging_strategy="no",
                     report_to=[], disable_tqdm=True, logging_nan_inf_filter=False))
             trainer.remove_callback(transformers.PrinterCallback)
-            seconds = trainer.train().metrics["train_runtime"]  # without its set-up
+            trainer.train()
         vars(model).pop("forward", None)  # accelerate wraps it anew for every Trainer
-        return seconds
+        return watch.seconds
 
     return model, steps
 
@@ -225,20 +244,20 @@ def memory_row(options):
 
 def load_of(side, given):
     before, _ = mib(reset=True, host=True)
-    began = time.perf_counter()
+    began = CLOCKS[given.clock]()
     if side is ours:
         model = lora.load_base(given.args.model, "cls", given.args.quantize, lora.DTYPES[given.args.dtype],
                                DEVICE)
     else:
         model = from_pretrained(given, transformers.AutoModel)
-    seconds, (after, peak) = time.perf_counter() - began, mib(host=True)
+    seconds, (after, peak) = CLOCKS[given.clock]() - began, mib(host=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
     return {"s": seconds, "MiB more at the peak": peak - before, "MiB more in the end": after - before}
 
 
 def first_step_of(side, given, batches, began):
     side(given)[1](batches)
-    return {"s to the first step": time.monotonic() - began}
+    return {"s to the first step": time.monotonic() - began if given.clock == "wall" else time.process_time()}
 
 
 def load_row(options, quantize):
@@ -255,11 +274,11 @@ def load_row(options, quantize):
 # ---- Evaluation ----
 
 
-def rate(function, n):
-    """The side that `function` is: of n annotations."""
-    began = time.perf_counter()
+def rate(function, given):
+    """The side that `function` is."""
+    began = CLOCKS[given.clock]()
     function()
-    return {"annotations/s": n / (time.perf_counter() - began)}
+    return {"annotations/s": len(given.encoded.prompt_index) / (CLOCKS[given.clock]() - began)}
 
 
 def file_order(given, **how):
@@ -280,7 +299,7 @@ def scores_row(options, method, many=False):
             theirs(**inputs).logits.sigmoid().cpu()
 
     own = partial(infer.predict_scores, model, given.encoded, given.args.micro_batch_tokens, PROCESS)
-    return (partial(rate, own, n), partial(rate, other, n),
+    return (partial(rate, own, given), partial(rate, other, given),
             f"{n} annotations, {len(given.encoded.hashes)} prompts; {given.note}")
 
 
@@ -325,17 +344,16 @@ def text_row(options, method, many=False, to_the_limit=False):
 
     def note():
         same = sum(a.split() == b.split() for a, b in zip(answers["ours"], answers["peer"], strict=True))
-        most, n_prompts = limit * -(-n // EVAL_BATCH), len(given.encoded.hashes)
-        return (f"{n} annotations, {n_prompts} prompts; {answers['steps']} decoding steps, of the peer at most "
-                f"{most}; {same} answers equal; {given.note}")
+        return (f"{n} annotations, {len(given.encoded.hashes)} prompts; {answers['steps']} decoding steps, "
+                f"the peer at most {limit * -(-n // EVAL_BATCH)}; {same} answers equal; {given.note}")
 
-    return partial(rate, own, n), partial(rate, other, n), note
+    return partial(rate, own, given), partial(rate, other, given), note
 
 
 # ---- Growth ----
 
 
-def data_cost(model, n, n_users):
+def data_cost(model, clock, n, n_users):
     """Of data.load and encode of a generated long CSV: five annotations of each text, three labels."""
     tokenizer, chance = lora.load_tokenizer(model), np.random.default_rng(0)
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
@@ -346,15 +364,15 @@ def data_cost(model, n, n_users):
             file.writelines(f"{text},u{user},{words},1,{user % 2},0\n" for user in users)
         file.flush()
         before, _ = mib(reset=True, host=True)
-        began = time.perf_counter()
+        began = CLOCKS[clock]()
         task, splits, _ = data.load(file.name, max_share=1.0)
         kept = [data.encode(tokenizer, task, METHODS["clsp"], part, 512)[0] for part in splits.values()]
     assert sum(len(one.prompt_index) for one in kept) > 0.9 * n, "too few rows for so many users"
-    return {"s": time.perf_counter() - began, "MiB": mib(host=True)[1] - before}
+    return {"s": CLOCKS[clock]() - began, "MiB": mib(host=True)[1] - before}
 
 
 def data_row(options, times=1, times_users=1):
-    at = partial(partial, in_process, data_cost, options.model)
+    at = partial(partial, in_process, data_cost, options.model, options.clock)
     return (at(times * options.growth_rows, 10 * times_users), at(options.growth_rows, 10),
             f"1 x is {options.growth_rows} annotations of 10 users: data.load and encode")
 
@@ -471,6 +489,8 @@ def main(argv=None):
     add("--eval_rows", type=infer.positive, default=2000 if ON_GPU else 64, help=f"annotations {shows}")
     add("--lmp_steps", type=infer.positive, default=24, help=f"that teach lmp to end its answers {shows}")
     add("--growth_rows", type=infer.positive, default=4000, help=f"annotations of 1 x {shows}")
+    add("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds of the process, which other "
+        f"work on the machine hardly changes; with OMP_NUM_THREADS=1 {shows}")
     add("--dtype", choices=lora.DTYPES, default="bf16", help=shows)
     add("--quantize", choices=("none", "nf4"), default="none", help=shows)
     data.add_arguments(parser)
