@@ -196,7 +196,7 @@ def train_row(options, method, checkpointing=False):
     (model, own), (_, other) = ours(given), peer(given, checkpointing)
     weights = sum(module.base.in_features * module.base.out_features for module in model.modules()
                   if isinstance(module, lora.LoRALinear))
-    peak = matmul_peak(lora.DTYPES[options.dtype], DEVICE)
+    peak = matmul_peak(lora.DTYPES[options.dtype], DEVICE, CLOCKS[options.clock])
 
     def figures(steps):
         seconds = steps(batches)
