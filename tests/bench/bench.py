@@ -292,11 +292,13 @@ def file_order(given, **how):
 def scores_row(options, method, many=False):
     given = prepare(options, method, "test", options.eval_rows, many)
     (model, _), theirs, n = ours(given), peft_model(given).eval(), len(given.encoded.prompt_index)
+    dtype = lora.DTYPES[options.dtype]
 
     @torch.inference_mode()
     def other():
-        for inputs in file_order(given):
-            theirs(**inputs).logits.sigmoid().cpu()
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):  # as Trainer.predict does
+            for inputs in file_order(given):
+                theirs(**inputs).logits.sigmoid().cpu()
 
     own = partial(infer.predict_scores, model, given.encoded, given.args.micro_batch_tokens, PROCESS)
     return (partial(rate, own, given), partial(rate, other, given),
