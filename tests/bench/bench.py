@@ -490,7 +490,7 @@ def main(argv=None):
     add("--batch_size", type=infer.positive, default=8, help=f"annotations per step {shows}")
     add("--eval_rows", type=infer.positive, default=2000 if ON_GPU else 64, help=f"annotations {shows}")
     add("--lmp_steps", type=infer.positive, default=24, help=f"that teach lmp to end its answers {shows}")
-    add("--growth_rows", type=infer.positive, default=4000, help=f"annotations of 1 x {shows}")
+    add("--growth_rows", type=infer.positive, default=10000, help=f"annotations of 1 x {shows}")
     add("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds of the process, which other "
         f"work on the machine hardly changes; with OMP_NUM_THREADS=1 {shows}")
     add("--dtype", choices=lora.DTYPES, default="bf16", help=shows)
