@@ -1,6 +1,6 @@
 """Requests per second and memory of the GPT API client, beside what a bare client gets from the same server.
 
-    python tests/bench/api.py [--requests 5000] [--concurrency 32] [--latency_ms 0 20]
+    python tests/bench/api.py [--requests 5000] [--concurrency 32] [--latency_ms 0 20] [--results FILE]
 
 The server is a process of its own on 127.0.0.1 and answers after `latency_ms`; the bare client writes
 prepared bytes to one raw socket per thread and reads the answers unparsed. Both share the machine's cores, so
@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from measure import add_results, record  # noqa: E402
 
 BODY = json.dumps({
     "model": "tiny-2026-01-01", "usage": {"prompt_tokens": 184, "completion_tokens": 4},
@@ -119,6 +121,7 @@ def main(argv=None):
     parser.add_argument("--concurrency", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--latency_ms", type=float, nargs="+", default=[0, 20, 200],
                         help="milliseconds the server takes per answer (default: %(default)s)")
+    add_results(parser)
     args = parser.parse_args(argv)
     print("| server's latency | requests | bare sockets, 1/s | client, 1/s | client's CPU per request "
           "| memory before, at the peak | all cached |")
@@ -130,6 +133,11 @@ def main(argv=None):
             (seconds, cpu, before, peak, again), _ = in_process(client, port, n, args.concurrency)
             print(f"| {latency_ms:g} ms | {n} | {limit:.0f} | {n / seconds:.0f} | {cpu / n * 1000:.2f} ms "
                   f"| {before:.0f}, {peak:.0f} MiB | {again:.2f} s |", flush=True)
+            row = f"API client, {n} requests, {latency_ms:g} ms"
+            record(args, row, "requests/s", [n / seconds], [limit], note="the peer is bare sockets")
+            record(args, row, "ms of CPU per request", [cpu / n * 1000])
+            record(args, row, "MiB at the peak", [peak], note=f"{before:.0f} MiB before")
+            record(args, row, "s, all cached", [again])
         server.kill()
     return 0
 

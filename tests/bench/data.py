@@ -1,6 +1,6 @@
 """Time and memory of data.py on files of GoEmotions' size, beside the released way in pandas.
 
-    python tests/bench/data.py [--tokenizer DIR] [--long_rows 10000000]
+    python tests/bench/data.py [--tokenizer DIR] [--long_rows 10000000] [--results FILE]
 
 The files are generated: 211,225 raw rows in three files in the exact format, 57,732 texts, 82 raters. The
 pandas way does what the released pipeline does: apply per row for empty annotations, isin per split, users in
@@ -18,6 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from measure import add_results, record  # noqa: E402
+
 SPLIT_SIZES = {"train": 43227, "dev": 5378, "test": 5389}
 N_ROWS, N_TEXTS, N_RATERS = 211_225, 57_732, 82
 
@@ -123,6 +126,7 @@ def main():
     parser.add_argument("--tokenizer", help="a model's directory, to time the encoding too")
     parser.add_argument("--long_rows", type=int, default=0, help="rows of a long CSV (default: %(default)s)")
     parser.add_argument("--call", nargs="+", help=argparse.SUPPRESS)
+    add_results(parser)
     args = parser.parse_args()
     if args.call:
         name, *arguments = args.call
@@ -141,11 +145,16 @@ def main():
             write_long(directory / "long.csv", args.long_rows)
             calls[f"data.py, {args.long_rows:,} rows"] = ("our_way", directory / "long.csv")
         print(f"{'':<28}{'seconds':>9}{'peak MB':>9}   rows left, or prompts")
-        seconds = {}
+        found = {}
         for name, call in calls.items():
-            seconds[name], peak, result = measure(*call)
-            print(f"{name:<28}{seconds[name]:>9.1f}{peak:>9.0f}   {result}", flush=True)
-        print(f"pandas / data.py: {seconds['pandas'] / seconds['data.py']:.1f}")
+            found[name] = measure(*call)
+            print("{:<28}{:>9.1f}{:>9.0f}   {}".format(name, *found[name]), flush=True)
+        print(f"pandas / data.py: {found['pandas'][0] / found['data.py'][0]:.1f}")
+    pandas = found.pop("pandas")
+    for name, own in found.items():
+        other = pandas if name == "data.py" else ()  # the peer does that row only
+        record(args, name, "s", own[:1], other[:1], note=str(own[2]))
+        record(args, name, "MB at the peak", own[1:2], other[1:2])
 
 
 if __name__ == "__main__":
