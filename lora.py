@@ -505,7 +505,7 @@ def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, targ
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     write_atomically(Path(directory, "adapter_model.safetensors"),
-                     lambda path: save_file(state, path, {"format": "pt", "sha256": digest_of(state)}))
+                     lambda path: save_file(state, path, {"sha256": digest_of(state)}))
     text = json.dumps(config, indent=1)
     write_atomically(Path(directory, "adapter_config.json"), lambda path: path.write_text(text))
 

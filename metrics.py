@@ -256,8 +256,6 @@ def load_run(directory):
     metrics, config = read_checked(directory), json.loads((directory / "config.json").read_bytes())
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
-    if abs(f1_macro(data.gold, data.predicted) - metrics["f1_macro"]) > 1e-6:
-        raise ValueError("predictions_test.jsonl does not give the f1_macro of metrics_test.json")
     run = {"limit": None, "max_steps": None} | config["arguments"] | {
         "arguments": config["arguments"], "note": config.get("note"), "log": directory / "log.jsonl",
         "annotations": hash(str([(row["text_id"], row["user_id"], row["gold"]) for row in rows]))}

@@ -303,12 +303,18 @@ def write_run(path, method, model, flip, dataset="goemotions", seed=42, note=Non
     result = metrics.evaluate(rows, LABELS, thresholds=[0.5] * 3, unseen_users=[2])
     arguments = {"method": method, "model": model, "dataset": dataset, "seed": seed, "out": str(path), **more}
     (path / "config.json").write_text(json.dumps({"arguments": arguments, "versions": {}, "note": note}))
-    (path / "metrics_test.json").write_text(json.dumps(result))
     (path / "predictions_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = [{"step": k, "loss": 1 / k} for k in range(1, 30)] + [{"step": 29, "val_loss": 0.2}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     (path / "baselines_test.json").write_text(json.dumps(baselines or {}))
+    seal(path, result)
     return result
+
+
+def seal(path, result):
+    """Writes the metrics of a run, with the checksums of its files as they are."""
+    sums = metrics.checksums(path, "test", result)
+    (path / "metrics_test.json").write_text(json.dumps(result | {"sha256": sums}))
 
 
 def table(runs_dir, title):
@@ -441,12 +447,9 @@ def test_without_matplotlib_the_tables_are_still_written(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("config.json", "{", "JSON"), ("config.json", '{"arguments": {"seed": 1}}', "method"),
-    ("metrics_test.json", "[]", "TypeError"), ("metrics_test.json", "{}", "labels"),
-    ("predictions_test.jsonl", '{"text_id"', "JSON"), ("predictions_test.jsonl", "", "no prediction"),
-    ("predictions_test.jsonl", '{"text_id": 1, "user_id": 1, "gold": ["x"], "predicted": []}', "labels"),
-    ("predictions_test.jsonl", '{"text_id": 1, "user_id": 1, "gold": [], "predicted": []}', "does not give"),
-    ("baselines_test.json", "nope", "JSON"),
+    ("config.json", "{", "config.json"), ("predictions_test.jsonl", "", "predictions_test.jsonl"),
+    ("baselines_test.json", "nope", "baselines_test.json"), ("metrics_test.json", "[]", "TypeError"),
+    ("metrics_test.json", "{}", "KeyError"), ("metrics_test.json", '{"sha256": {}}', "figures"),
 ])
 def test_a_malformed_file_of_a_run_is_one_line_and_exit_2(tmp_path, capsys, name, content, message):
     write_run(tmp_path / "run", "cls", "mistral", 0.3)
