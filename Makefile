@@ -102,12 +102,14 @@ reproduce: plan
 	@$(BIN)/python tests/plan.py $(PROFILE) --missing
 
 bench: setup
-	$(BIN)/python tests/bench/train.py $(BENCH)
-	$(BIN)/python tests/bench/data.py
-	$(BIN)/python tests/bench/api.py
+	$(BIN)/python tests/bench/bench.py --results results/bench.jsonl $(BENCH)
+	$(BIN)/python tests/bench/data.py --results results/bench.jsonl
+	$(BIN)/python tests/bench/api.py --results results/bench.jsonl
 
 chaos: setup
-	$(BIN)/python tests/chaos.py
+	$(BIN)/python tests/chaos.py --results results/reliability.jsonl
+	$(BIN)/python tests/fuzz.py --results results/reliability.jsonl
+	$(BIN)/python tests/mutants.py --results results/reliability.jsonl
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

@@ -54,13 +54,14 @@ def start_processes():
     return Processes(rank, world_size, device)
 
 
-def check_processes_agree(args, encoded, parameters):
+def check_processes_agree(args, encoded, model):
     """Raises ValueError if a process holds other data, arguments, code or weights than the first one."""
     digest = hashlib.sha256(repr(sorted(vars(args).items())).encode())
     for part in encoded.values():
         digest.update(part.ids.tobytes() + part.prompt_index.tobytes() + part.labels.tobytes())
-    for parameter in parameters:
-        digest.update(parameter.detach().cpu().numpy().tobytes())
+    for tensor in (*model.parameters(), *model.buffers()):  # of what is frozen, the beginning will do
+        own = tensor.detach().flatten()[: None if tensor.requires_grad else 64]
+        digest.update(own.float().cpu().numpy().tobytes())
     for script in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(script.read_bytes())
     digests = from_all(digest.hexdigest())
@@ -508,7 +509,7 @@ def run(args, processes):
     encoded = {name: infer.encode_split(args, tokenizer, task, splits, name, say) for name in splits}
     model, targets = infer.build(args, len(task.label_names), processes.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    check_processes_agree(args, encoded, parameters)
+    check_processes_agree(args, encoded, model)
     if old and old["data"]["files"] != report["files"]:
         raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")

@@ -220,7 +220,11 @@ def main(argv=None):
         print(f"{name:<26}" + "".join(f"{counted[column]:>10}" for column in COLUMNS), flush=True)
         if args.results:
             with args.results.open("a") as file:
-                print(json.dumps({"victim": name, "seed": args.seed} | counted), file=file)
+                print(json.dumps(counted | {
+                    "what": f"kills: {name}", "injected": counted["kills"], "seed": args.seed,
+                    "lost": sum(counted[column] for column in COLUMNS[2:]),
+                    "command": f"python tests/chaos.py --kills {args.kills} --seconds {args.seconds:.0f}"}),
+                    file=file)
     server.die()
     shutil.rmtree(work)
     return int(lost > 0)

@@ -293,7 +293,8 @@ def tables(rng, work):
 def load_run(rng, work):
     """A config.json gives every argument of a run, or is refused."""
     args = train.parse_args(["--method", rng.choice(("cls", "clsp", "lm", "lmp"))])
-    (work / "config.json").write_bytes(spoiled(rng, json.dumps({"arguments": infer.arguments_of(args)})))
+    (work / "config.json").write_bytes(spoiled(rng, json.dumps(
+        {"arguments": infer.arguments_of(args), "data": {"files": {"a.csv": {}}}})))
     infer.add_arguments(shared := argparse.ArgumentParser(), ["cls"])
     try:
         found = vars(infer.load_run(work, {}))
@@ -337,7 +338,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--inputs", type=int, default=100_000, help="of all targets (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="also writes the table here")
+    parser.add_argument("--results", type=Path, help="a file that gets a JSON line per target")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     lines, failures = ["| target | inputs | accepted | refused | failures | seconds |", "|" + "---|" * 6], []
@@ -347,10 +348,12 @@ def main(argv=None):
         figures = (sum(counts), *counts, round(time.perf_counter() - started))
         lines.append(f"| `{target.__name__}` | {' | '.join(f'{n:,}' for n in figures)} |")
         failures += wrong
-    text = "\n".join([*lines, "", *failures])
-    print(text)
-    if args.results:
-        args.results.write_text(text + "\n")
+        if args.results:
+            with args.results.open("a") as file:
+                print(json.dumps({"what": f"hostile inputs: {target.__name__}", "injected": sum(counts),
+                                  "lost": counts[2], "refused": counts[1],
+                                  "command": f"python tests/fuzz.py --inputs {args.inputs}"}), file=file)
+    print("\n".join([*lines, "", *failures]))
     return int(bool(failures))
 
 

@@ -10,6 +10,7 @@ the ledger does not have stands there as "not run".
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -83,15 +84,30 @@ def ledger_block():
         yield from (line.replace("## ", "#### ", 1) for line in metrics.markdown(report))
 
 
-def rows_block(name, columns):
-    """The lines of a results file as one table; a number is shown with three digits."""
-    def show(value):
-        return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+def newest(lines, *names):
+    """The last line of each kind, in the order of their first ones."""
+    return {tuple(line[name] for name in names): line for line in lines}.values()
 
-    yield f"| {' | '.join(columns)} |"
-    yield "|---" * len(columns) + "|"
-    for line in read(name):
-        yield f"| {' | '.join(show(line.get(column)) for column in columns)} |"
+
+def bench_block():
+    """A row per measure: medians, and the least and the greatest ratio of a round."""
+    def show(figures):
+        return f"{statistics.median(figures):.4g}" if figures else "not run"
+
+    yield from ("| row | ours | peer | ratio | target | note |", "|---|---|---|---|---|---|")
+    for line in newest(read("bench.jsonl"), "row", "unit", "target"):
+        ratios = line["ratios"]
+        ratio = f"{line['ratio']:.2f} ({min(ratios):.2f}..{max(ratios):.2f})" if ratios else "-"
+        yield (f"| {line['row']}, {line['unit']} | {show(line['ours'])} | {show(line['peer'])} | {ratio} | "
+               f"{line['target']} | {line['note'].lstrip('; ')} |")
+
+
+def reliability_block():
+    """A row per kind of fault: how many were injected, and what was lost."""
+    yield from ("| what | injected | lost | command |", "|---|---|---|---|")
+    for line in newest(read("reliability.jsonl"), "what"):
+        injected = "-" if line["injected"] is None else f"{line['injected']:,}"
+        yield f"| {line['what']} | {injected} | {line['lost']} | `{line['command']}` |"
 
 
 def files_block():
@@ -104,8 +120,7 @@ def blocks():
     """{name of a README block: its lines}."""
     return {
         "map": method_map.rows(), "files": files_block(), "ledger": ledger_block(),
-        "bench": rows_block("bench.jsonl", ("row", "ours", "peer", "ratio", "target", "device")),
-        "reliability": rows_block("reliability.jsonl", ("what", "injected", "lost", "command")),
+        "bench": bench_block(), "reliability": reliability_block(),
     }
 
 

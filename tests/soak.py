@@ -72,7 +72,11 @@ def main(argv=None):
         print(f"{name:<16} {a:10.2f} {b:10.2f} {(b - a) / hours:+10.2f} an hour")
     print("failed:", *result["failed"])
     if args.results:
-        args.results.open("a").write(json.dumps(result) + "\n")
+        result |= {"what": f"{args.minutes:g} minutes of training: memory, open files, speed",
+                   "injected": None, "lost": len(result["failed"]),
+                   "command": f"python tests/soak.py --minutes {args.minutes:g}"}
+        with args.results.open("a") as file:
+            print(json.dumps(result), file=file)
     return int(bool(result["failed"]))
 
 
