@@ -397,9 +397,10 @@ def draw_model(gains, learning, users, cells, methods):
     runs = [run for own in methods.values() for run in own if run.data and run.log.exists()]
     for n, run in enumerate(runs):
         for key, style, label in (("loss", "-", f"{run.method}, seed {run.seed}"), ("val_loss", "o", None)):
-            curve = {row["step"]: row[key] for row in read_predictions(run.log) if key in row}
-            learning.plot(curve.keys(), curve.values(), style, color=f"C{n}", label=label, alpha=0.7)
-    learning.set(xlabel="optimizer step", ylabel="loss: training (line), validation (dots)", yscale="log")
+            curve = [(row["step"], row[key]) for row in read_predictions(run.log) if key in row]
+            points = [np.mean(part, axis=0) for part in np.array_split(curve, min(len(curve), 30) or 1)]
+            learning.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{n}", label=label, alpha=0.7)
+    learning.set(xlabel="optimizer step", ylabel="loss: training (means), validation (dots)", yscale="log")
     learning.legend(fontsize="small", handles=learning.lines[::2])
     both = [[run.metrics["f1_per_user"] for run in methods.get(name, ())] for name in ("cls", "clsp")]
     ids = set.intersection(*({*own} for runs in both for own in runs)) if all(both) else ()
