@@ -110,7 +110,8 @@ def collate(given, rows, left=False, responses=True):
 
 def ours(given, prefix=None):
     args, encoded = given.args, given.encoded
-    model, parameters, _ = train.build(args, len(given.names), DEVICE)
+    model, _ = infer.build(args, len(given.names), DEVICE)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     objective = train.Objective(model, given.family, args.micro_batch_tokens, PROCESS)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
     buffer, scale = train.flat_gradients(parameters), train.LossScale(args.dtype == "fp16")
@@ -212,7 +213,8 @@ def train_row(options, method, checkpointing=False):
 def merge_row(options):
     options = copy.copy(options)
     options.batch_size *= 4  # nearer to the recipe's 128: texts that the end of a step cuts cost a pass more
-    given = prepare(options, "cls", n=32 * options.batch_size, many=True)
+    n = 32 * 32 * options.batch_size  # 32 windows of sorting by length: within one, duplicates merge unasked
+    given = prepare(options, "cls", n=n, many=True)
     _, steps = ours(given)
     merged, apart = (data.training_steps(given.encoded, options.batch_size, 0, 0, merge)[: options.steps]
                      for merge in (True, False))
