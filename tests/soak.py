@@ -60,7 +60,8 @@ def main(argv=None):
         assert child.wait() == 128 + signal.SIGTERM, "a stop by signal was not a clean one"
     for before, one in zip(samples, samples[1:]):
         for clock in ("s", "cpu_s"):
-            one[f"steps_per_{clock}"] = (one["step"] - before["step"]) / (one[clock] - before[clock])
+            passed = max(one[clock] - before[clock], 1e-3)  # a process that was stopped used no CPU time
+            one[f"steps_per_{clock}"] = (one["step"] - before["step"]) / passed
     first, last = samples[1: 1 + len(samples) // 3], samples[-(len(samples) // 3):]
     assert first, "too short: training had hardly begun"
     hours, result = (last[0]["s"] - first[0]["s"]) / 3600, {"minutes": args.minutes, "failed": []}
