@@ -1,6 +1,7 @@
 """What all tests share: the path of the scripts, and one small copy of the embedded default."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits to ignore it
 
 
 @pytest.fixture(scope="session")
