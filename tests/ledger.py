@@ -95,11 +95,13 @@ def bench_block():
         return f"{statistics.median(figures):.4g}" if figures else "not run"
 
     yield from ("| row | ours | peer | ratio | target | note |", "|---|---|---|---|---|---|")
+    noted = set()
     for line in newest(read("bench.jsonl"), "row", "unit", "target"):
         ratios = line["ratios"]
         ratio = f"{line['ratio']:.2f} ({min(ratios):.2f}..{max(ratios):.2f})" if ratios else "-"
         yield (f"| {line['row']}, {line['unit']} | {show(line['ours'])} | {show(line['peer'])} | {ratio} | "
-               f"{line['target']} | {line['note'].lstrip('; ')} |")
+               f"{line['target']} | {'' if line['note'] in noted else line['note'].strip('; ')} |")
+        noted.add(line["note"])
 
 
 def reliability_block():
