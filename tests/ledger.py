@@ -50,7 +50,8 @@ def add(runs_dir, command):
                if (path.parent / "metrics_test.json").exists()]
     source = {"command": command} | {
         name: ", ".join(sorted({str(config[name]) for config in configs})) for name in ("commit", "device")}
-    new = [{"title": title, "row": row, "column": column} | cell | source
+    new = [{"title": title, "row": row, "column": column, "n": cells["n"]["text"],
+            "seeds": cells["seeds"]["text"]} | {key: own for key, own in cell.items() if own != []} | source
            for title, rows in report.items() for row, cells in rows.items() for column, cell in cells.items()
            if {"value", "paper"} & cell.keys()]
     kept = [line for line in read("ledger.jsonl") if key(line) not in set(map(key, new))]
