@@ -382,17 +382,17 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
     states = [sequences.start] * n if sequences else None
     mask = torch.ones(n, prefix, dtype=torch.long, device=device)
     if decoder:
-        pending, inputs = [ids[prefix:].tolist() for ids in prompts], {"logits_to_keep": 1}
+        pending, inputs, read = [ids[prefix:].tolist() for ids in prompts], {}, model.base_model
         if prefix:
             shared = to_device(prompts[0][None, :prefix].astype(np.int64), device)
-            cache = model(input_ids=shared, use_cache=True, **inputs).past_key_values
+            cache = read(input_ids=shared, use_cache=True).past_key_values
             cache.batch_repeat_interleave(n)
     else:
         pending = [[model.config.decoder_start_token_id] for _ in prompts]
         input_ids = to_device(data.pad(prompts, 0), device)
         real = lora.real_tokens(input_ids, to_device(np.array([len(ids) for ids in prompts]), device))
         encoder_outputs = model.encoder(input_ids=input_ids, attention_mask=real)
-        inputs = {"attention_mask": real, "encoder_outputs": encoder_outputs}
+        inputs, read = {"attention_mask": real, "encoder_outputs": encoder_outputs}, model
 
     def write(row, token):
         pending[row].append(token)
@@ -416,8 +416,12 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
             inputs |= {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         else:
             inputs["decoder_input_ids"] = ids
-        answer = model(**inputs, past_key_values=cache, use_cache=True)
-        cache, logits, steps = answer.past_key_values, answer.logits[:, -1].float().cpu(), steps + 1
+        answer = read(**inputs, past_key_values=cache, use_cache=True)
+        cache, steps = answer.past_key_values, steps + 1
+        if decoder:  # the head on (n, D): for (n, 1, D) a CPU may copy its weight n times
+            logits = model.get_output_embeddings()(answer.last_hidden_state[:, -1]).float().cpu()
+        else:
+            logits = answer.logits[:, -1].float().cpu()
         best = logits.argmax(-1).tolist()
         for row in range(n):
             pending[row] = [] if running[row] else [end]  # what a finished row reads does not matter

@@ -284,7 +284,7 @@ def response_logits(model, input_ids, lengths, rows, columns, response_ids=None,
     (B, R), T5's response; rows and columns (K,): the K tokens that are predicted -> logits (K, V) in fp32.
     """
     if not model.config.is_encoder_decoder:
-        states = decoder_states(getattr(model, model.base_model_prefix), input_ids, prefix)
+        states = decoder_states(model.base_model, input_ids, prefix)
         states = states[rows, columns - 1 - prefix]  # a token is predicted by the one before it
     else:
         shifted = F.pad(response_ids[:, :-1], (1, 0), value=model.config.decoder_start_token_id)

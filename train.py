@@ -38,6 +38,7 @@ from infer import ALONE, Processes, claim_out, from_all, summed, to_device
 from prompts import METHODS
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a process waits for a dead one no longer than this
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting")  # gloo's RuntimeErrors
 
 # ---- Processes ----
 
@@ -574,6 +575,13 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in LOST):
+            raise
+        print(f"error on process {processes.rank}: another process of this run ended or cannot be reached "
+              f"({str(error).splitlines()[0]}): the same command goes on from the last checkpoint",
+              file=sys.stderr)
+        return 1
     except Stopped as stopped:
         if not processes.rank:
             print(stopped.args[0], file=sys.stderr)
