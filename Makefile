@@ -2,7 +2,7 @@
 # make reproduce                 every cell of the paper's tables that this machine can fill; goes on where it stopped
 # make -n reproduce              the plan: one command per cell
 PYTHON ?= python3
-PROFILE ?= $(if $(shell command -v nvidia-smi),paper,tiny)
+PROFILE ?= $(if $(shell nvidia-smi -L 2>/dev/null),paper,tiny)
 SEEDS ?= 1
 RUNS := runs/$(PROFILE)
 BIN := .venv/bin
@@ -46,19 +46,20 @@ ARGS_tiny = $(call TINY_QUERY,$1,$2) $(if $(filter $3,$(QUERIES)),,--batch_size 
   --learning_rate 3e-3 --epochs $(if $(filter t5,$2),3,6) --validations 3)
 
 # small: a real model of 135M parameters on the real corpora that are there, the same stated budget for every method.
-# Its variants, model-VARIANT in a cell's path, are run with the first seed only.
+# Its variants, MODEL+VARIANT in a cell's path, are run with the first seed only.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?= data
 LIMIT ?= 1200 300 600
 OWN := $(basename $(notdir $(CSV)))
-CORPORA_small := $(or $(notdir $(wildcard $(DATA)/goemotions $(DATA)/unhealthy)) $(OWN),goemotions)
-CELLS_small := $(foreach d,$(CORPORA_small),$(foreach m,$(QUERIES) $(TRAINED),$d/smollm2/$m) $(addprefix $d/smollm2-,\
+CORPORA_small := $(or $(strip $(notdir $(wildcard $(DATA)/goemotions $(DATA)/unhealthy)) $(OWN)),goemotions)
+SMALL := $(notdir $(MODEL:/=))
+CELLS_small := $(foreach d,$(CORPORA_small),$(foreach m,$(QUERIES) $(TRAINED),$d/$(SMALL)/$m) $(addprefix $d/$(SMALL)+,\
   unseen/cls unseen/clsp constrained/q0s constrained/q2s endless/lm))
 VARIANT_unseen := --unseen_users 0.1
 VARIANT_constrained := --constrain
 VARIANT_endless := --follow T2=released
 ARGS_small = --model $(MODEL) $(if $(filter-out $(OWN),$1),--data_dir $(DATA)/$1) --limit $(LIMIT) --max_share 1 \
-  --note "SmolLM2-135M, $(LIMIT) annotations of train, val, test" $(VARIANT_$(word 2,$(subst -, ,$2))) \
+  --note "$(SMALL), $(LIMIT) annotations of train, val, test" $(VARIANT_$(word 2,$(subst +, ,$2))) \
   $(if $(filter $3,$(QUERIES)),,--epochs 1 --batch_size 8 --lora_r 8 --learning_rate 1e-3 --validations 2)
 
 # paper: the authors' recipe is the scripts' default
@@ -69,7 +70,7 @@ ARGS_paper = --model $2 --data_dir $(DATA)/$1
 
 LAUNCH_tiny = $(if $(filter mistral/clsp,$2/$3),$(BIN)/torchrun --standalone --nproc_per_node 2,$(BIN)/python)
 LAUNCH_small = $(BIN)/python
-LAUNCH_paper = $(BIN)/torchrun --standalone --nproc_per_node $(shell nvidia-smi -L 2>/dev/null | wc -l)
+LAUNCH_paper = $(BIN)/torchrun --standalone --nproc_per_node gpu
 
 # $(call cell,DATASET,MODEL,METHOD,SEED)
 define cell
@@ -83,7 +84,7 @@ JOBS_tiny := 2
 INPUTS_tiny := $(TINY)/tiny.json
 # a query draws nothing: it is asked once, whatever the seeds
 CELLS := $(CELLS_$(PROFILE))
-ONCE := $(foreach c,$(CELLS),$(if $(findstring smollm2-,$c)$(filter $(QUERIES),$(notdir $c)),$c))
+ONCE := $(foreach c,$(CELLS),$(if $(findstring +,$c)$(filter $(QUERIES),$(notdir $c)),$c))
 TARGETS := $(foreach s,$(SEEDS),$(foreach c,$(filter-out $(ONCE),$(CELLS)),$(RUNS)/$c/$s/metrics_test.json)) \
   $(foreach c,$(ONCE),$(RUNS)/$c/$(firstword $(SEEDS))/metrics_test.json)
 $(foreach s,$(SEEDS),$(foreach c,$(CELLS),$(eval $(call cell,$(word 1,$(subst /, ,$c)),$(word 2,$(subst /, ,$c)),$(word 3,$(subst /, ,$c)),$s))))
@@ -96,6 +97,8 @@ plan: setup
 
 cells: $(TARGETS)
 
+.PRECIOUS: $(TARGETS)  # files are renamed into place whole: an interrupted make need not delete them
+
 reproduce: plan
 	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells
 	$(BIN)/python metrics.py tables $(RUNS) --figures
@@ -103,7 +106,7 @@ reproduce: plan
 
 bench: setup
 	$(BIN)/python tests/bench/bench.py --results results/bench.jsonl $(BENCH)
-	$(BIN)/python tests/bench/data.py --results results/bench.jsonl
+	$(BIN)/python tests/bench/data.py --tokenizer $(MODEL) --long_rows 10000000 --results results/bench.jsonl
 	$(BIN)/python tests/bench/api.py --results results/bench.jsonl
 
 chaos: setup
@@ -115,4 +118,3 @@ clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
 .PHONY: help setup test lint plan cells reproduce bench chaos clean
-.DELETE_ON_ERROR:

@@ -24,6 +24,7 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -405,6 +406,8 @@ def hold_out_users(splits, share, seed=42):
     users = splits["train"].users
     present = sorted((users[k] for k in np.unique(splits["train"].user_index)),
                      key=lambda user_id: hash_order(seed, "unseen", user_id))
+    if share and not round(share * len(present)):
+        raise ValueError(f"--unseen_users {share} of {len(present)} users is nobody; raise it")
     unseen = set(present[: round(share * len(present))])
     seen = np.array([user_id not in unseen for user_id in users])
     splits = splits | {name: splits[name].select(seen[splits[name].user_index]) for name in ("train", "val")}
@@ -503,12 +506,13 @@ class Encoded:
     prompt_index: np.ndarray
     labels: np.ndarray
     hashes: list
-    n_shortened: int = 0
+    n_shortened: int = 0  # prompts
+    n_too_few: int = 0  # annotations whose user has fewer than K examples
     response_ids: np.ndarray | None = None
     response_offsets: np.ndarray | None = None
     response_index: np.ndarray | None = None
 
-    @property
+    @cached_property
     def lengths(self):
         return np.diff(self.offsets)
 
@@ -581,7 +585,7 @@ def shorten(tokenizer, before, text, after, max_length, special=True):
 
 def encode(tokenizer, task, method, annotations, max_length, pool=None, seed=42, train_eos=True,
            chat_template=False):
-    """Returns (Encoded, annotations short of examples): each distinct prompt is tokenized once.
+    """Returns the Encoded annotations: each distinct prompt is tokenized once.
 
     A prompt longer than max_length tokens loses the end of its text, never of its template.
     Raises: ValueError if the template alone is longer, or for what is no Unicode text (a lone surrogate).
@@ -604,15 +608,17 @@ def encode(tokenizer, task, method, annotations, max_length, pool=None, seed=42,
         chunks.append(flatten(rows))
     lengths = np.concatenate([np.diff(offsets) for _, offsets in chunks])
     encoded = Encoded(np.concatenate([ids for ids, _ in chunks]), np.concatenate([[0], np.cumsum(lengths)]),
-                      prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened)
+                      prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened, too_few)
     if method.family == "lm":
         distinct, encoded.response_index = np.unique(annotations.labels, axis=0, return_inverse=True)
         names = np.array(annotations.label_names)
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no end token, which lm and lmp need; use another model")
         end = tokenizer.eos_token if train_eos else ""  # [choice.T2]
         responses = ["\n" + build_response(names[row].tolist()) + end for row in distinct]
         rows = tokenize(tokenizer, responses, special=False)
         encoded.response_ids, encoded.response_offsets = flatten(rows)
-    return encoded, too_few
+    return encoded
 
 
 # ---- Batches ----
@@ -696,7 +702,8 @@ def add_arguments(parser):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Prepare data and print the stages.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Prepare data and print the stages.", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
     parser.add_argument("dataset", help="goemotions, unhealthy, or the path of a long CSV")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def above_zero(text):
+    """argparse type of a finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return float(text)
 
 
 def tokens_or_auto(text):
@@ -140,13 +148,13 @@ def example_pool(args, splits):
 def encode_split(args, tokenizer, task, splits, split, say=print):
     """Returns the Encoded of one split; says what was shortened and who has too few examples."""
     method = METHODS[args.method]
-    encoded, too_few = data.encode(
+    encoded = data.encode(
         tokenizer, task, method, splits[split], args.max_length, example_pool(args, splits), args.split_seed,
         train_eos=follows(args)["T2"] == "paper", chat_template=getattr(args, "chat_template", False))
     if encoded.n_shortened:
         say(f"{split}: {encoded.n_shortened} prompts are shortened to {args.max_length} tokens")
-    if too_few:
-        say(f"{split}: {too_few} annotations are of users with fewer than {method.shots} examples")
+    if encoded.n_too_few:
+        say(f"{split}: {encoded.n_too_few} annotations are of users with fewer than {method.shots} examples")
     return encoded
 
 
@@ -178,12 +186,14 @@ def load_trained(args, n_labels, device):
 
 def describe_run(args, report, model=None):
     """What config.json holds: every argument, versions, commit, the model's commit, data."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent, check=False).stdout.strip()
+    commit = "" if shutil.which("git") is None else subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+        cwd=Path(__file__).parent, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "arguments": arguments_of(args), "note": args.note, "commit": commit or None,
         "model_commit": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "model_fingerprint": getattr(model, "fingerprint", None),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__, "numpy": np.__version__},
         "device": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores", "data": report,
@@ -202,6 +212,22 @@ def read_config(path):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the config.json of a run ({error!r}): use another --out") from None
     return config
+
+
+def check_inputs(out, config, report, model=None):
+    """Raises ValueError if the data files or the base's weights are not those that a run was started with."""
+    if config["data"]["files"] != report["files"]:
+        raise ValueError(f"the data files are not those that {out} was started with: use another --out")
+    if model is not None and config.get("model_fingerprint", model.fingerprint) != model.fingerprint:
+        raise ValueError(f"the weights of {config['arguments'].get('model')} are not those that {out} was "
+                         f"started with (commit {config.get('model_commit')}): restore them")
+
+
+def is_finished(args, old, split="test"):
+    """Whether --out holds the result of the same command; says so."""
+    if done := old is not None and (args.out / f"metrics_{split}.json").exists():
+        print(f"{args.out} is finished: its result is in metrics_{split}.json")
+    return done
 
 
 def write_json(path, value):
@@ -294,6 +320,8 @@ def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="
         input_ids = to_device(data.pad([encoded.prompt(m) for m in batch], 0), processes.device)
         logits = model(input_ids, to_device(lengths[batch], processes.device), prefix)
         scores[batch] = torch.sigmoid(logits).cpu().numpy()
+    if np.isnan(scores).any():
+        raise ValueError("the model's scores are NaN; use --dtype bf16 or fp32")
     return summed(scores, processes.device)[encoded.prompt_index]
 
 
@@ -422,6 +450,8 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
             logits = model.get_output_embeddings()(answer.last_hidden_state[:, -1]).float().cpu()
         else:
             logits = answer.logits[:, -1].float().cpu()
+        if logits.isnan().any():
+            raise ValueError("the model's logits are NaN; use --dtype bf16 or fp32")
         best = logits.argmax(-1).tolist()
         for row in range(n):
             pending[row] = [] if running[row] else [end]  # what a finished row reads does not matter
@@ -440,6 +470,7 @@ BYTES_PER_TOKEN = 4  # of an estimate: 4.2 to 5.0 by GPT-4's tokenizer (cl100k) 
 CHAT_TOKENS = 8  # what the chat format adds to one message: 7 at OpenAI
 BACKOFF_S, BACKOFF_CAP_S, RETRY_AFTER_CAP_S = 1.0, 60.0, 120.0
 STOP_AFTER_FAILURES = 20  # requests in a row that failed in spite of their retries
+ANSWER_BYTES = 2**20  # a longer answer is none
 ACCEPTED = {200: ("answered", "refused", "empty"), 400: ("refused",)}  # 400: a content filter at Azure
 TOKENS = ("prompt_tokens", "completion_tokens")
 
@@ -450,7 +481,7 @@ class ApiError(ValueError):
 
 def is_api_model(model, api_base=None):
     """True if `model` is asked over HTTP: a GPT name, or any name when --api_base is given."""
-    return api_base is not None or model.startswith("gpt-")
+    return api_base is not None or model.startswith("gpt-") and not Path(model).is_dir()
 
 
 def _dict(value):
@@ -504,9 +535,17 @@ class ApiClient:
 
     def post(self, body):
         """Returns (HTTP status or 0, answer, Retry-After in seconds). Raises: ApiError, if no retry helps."""
+        content, ends = b"", time.monotonic() + sum(self.timeouts)
         try:
-            reply = self.session.post(self.url, json=body, timeout=self.timeouts, allow_redirects=False)
-            status, headers, text = reply.status_code, reply.headers, reply.content.decode(errors="replace")
+            with self.session.post(self.url, json=body, timeout=self.timeouts, allow_redirects=False,
+                                   stream=True) as reply:
+                for part in reply.iter_content(256):  # small: a slow server fills each part before we see it
+                    content += part
+                    if len(content) > ANSWER_BYTES or time.monotonic() > ends:
+                        content = (f"an answer of more than {ANSWER_BYTES} bytes, or one that took more than "
+                                   f"{sum(self.timeouts)} s").encode()
+                        break
+            status, headers, text = reply.status_code, reply.headers, content.decode(errors="replace")
         except requests.RequestException as broken:
             status, headers, text = 0, {}, f"{type(broken).__name__}: {broken}"
         try:  # through JSON and back, so that no escape hides a key
@@ -525,36 +564,8 @@ class ApiClient:
         return status, {"error": error}, retry_after_s(headers.get("Retry-After"))
 
 
-def open_cache(path, todo, dry_run):
-    """Returns (JSONL file to append to, {prompt hash: record} of what it answers of todo {key: line})."""
-    path = os.devnull if dry_run and not os.path.exists(path) else path
-    file, records, damaged, raw = open(path, "rb" if dry_run else "ab", buffering=0), {}, 0, b"\n"
-    if not dry_run:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here for the end of the first
-    with open(path, "rb") as lines:
-        for raw in lines:
-            try:
-                line = json.loads(raw)
-                if line.pop("crc32") != zlib.crc32(json.dumps(line).encode()):
-                    raise ValueError("checksum")
-                if line["key"] in todo and line["status"] != "failed":
-                    records[todo[line["key"]]["prompt_hash"]] = read_answer(line["answer"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                damaged += 1  # or torn by a kill: it answers nothing
-    if not dry_run and not raw.endswith(b"\n"):
-        file.write(b"\n")
-    if damaged:
-        print(f"{path}: {damaged} damaged lines ignored, what they answered is asked again")
-    return file, records
-
-
-def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, concurrency=8,
-              timeout_s=60.0, max_retries=6, max_cost_usd=None, price_in=None, price_out=None, dry_run=False):
-    """Returns (records {prompt hash: record}, usage), after asking what `cache_path` does not answer yet.
-
-    Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Prices: USD per million tokens.
-    Raises: ValueError (the user's or server's no), OSError (the file); what was received is kept either way.
-    """
+def check_server(model, api_base, price_in=None, price_out=None, max_cost_usd=None, needs_key=False):
+    """Returns (api_base, key, prices or None). Raises: ValueError for what no server can be asked with."""
     parts, api_key = urllib.parse.urlsplit(api_base), os.environ.get("OPENAI_API_KEY", "").strip()
     if parts.scheme not in ("http", "https") or not parts.hostname or set("@?#") & set(api_base):
         raise ValueError("--api_base: give http(s)://HOST/PATH, without user, password, query or fragment")
@@ -564,13 +575,56 @@ def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, c
         raise ValueError(f"the price of {model} at {api_base} is not known: give --price_in and --price_out")
     if not all("!" <= character <= "~" and character not in '"\\' for character in api_key):
         raise ValueError("OPENAI_API_KEY holds a space, a line break or a character that no key has")
+    if needs_key and is_openai and not api_key:
+        raise ValueError(f"OPENAI_API_KEY is not set, or empty: {api_base} wants a key in it")
+    return api_base, api_key, prices
+
+
+def open_cache(path, todo, dry_run):
+    """Returns (JSONL file to append to, what it answers of todo {key: line}, lines that may have cost money).
+
+    The second is {prompt hash: record}.
+    """
+    path = os.devnull if dry_run and not os.path.exists(path) else path
+    file, records, charged, damaged = open(path, "rb" if dry_run else "ab", buffering=0), {}, [], 0
+    if not dry_run:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here for the end of the first
+    with open(path, "rb") as lines:
+        raw = b"\n"
+        for raw in lines:
+            try:
+                line = json.loads(raw)
+                if line.pop("crc32") != zlib.crc32(json.dumps(line).encode()):
+                    raise ValueError("checksum")
+                if line["key"] in todo:
+                    charged.append((line.get("http_status", 200), record := read_answer(line["answer"]),
+                                    todo[line["key"]]["request"]))
+                    if line["status"] != "failed":
+                        records[todo[line["key"]]["prompt_hash"]] = record
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                damaged += 1  # or torn by a kill: it answers nothing
+    if not dry_run and not raw.endswith(b"\n"):
+        file.write(b"\n")
+    if damaged:
+        print(f"{path}: {damaged} damaged lines ignored, what they answered is asked again")
+    return file, records, charged
+
+
+def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, concurrency=8,
+              timeout_s=60.0, max_retries=6, max_cost_usd=None, price_in=None, price_out=None, dry_run=False):
+    """Returns (records {prompt hash: record}, usage), after asking what `cache_path` does not answer yet.
+
+    Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Prices: USD per million tokens.
+    Raises: ValueError (the user's or server's no), OSError (the file); what was received is kept either way.
+    """
+    api_base, api_key, prices = check_server(model, api_base, price_in, price_out, max_cost_usd)
     todo = {}  # {cache key: line}; the key has the server: a name may be another model there
     for prompt_hash, prompt in prompts.items():
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
                 "max_tokens": max_tokens}  # [choice.E5]
         key = hashlib.sha256(json.dumps([api_base, body], sort_keys=True).encode()).hexdigest()
         todo[key] = {"prompt_hash": prompt_hash, "key": key, "api_base": api_base, "request": body}
-    file, records = open_cache(cache_path, todo, dry_run)
+    file, records, charged = open_cache(cache_path, todo, dry_run)
     todo = {line["prompt_hash"]: line for line in todo.values() if line["prompt_hash"] not in records}
     usage = {"prompts": len(prompts), "cached": len(records), "requests": 0, "retries": 0}
     with file:
@@ -582,11 +636,12 @@ def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, c
                   f"to send; estimated: {tokens['prompt_tokens']} prompt tokens ({BYTES_PER_TOKEN} "
                   f"bytes each), at most {tokens['completion_tokens']} completion tokens, {cost}")
         elif todo:
-            if is_openai and not api_key:
-                raise ValueError(f"OPENAI_API_KEY is not set, or empty: {api_base} wants a key in it")
+            check_server(model, api_base, price_in, price_out, max_cost_usd, needs_key=True)
             client = ApiClient(api_base, api_key, timeout_s, concurrency)
             try:
-                _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, usage)
+                spent = sum(_cost(prices, *line) for line in charged)
+                _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, spent,
+                         usage)
             except (ApiError, OSError, KeyboardInterrupt) as stop:
                 n_kept = sum(record["status"] != "failed" for record in records.values())
                 raise type(stop)(f"{str(stop) or 'interrupted'}; {n_kept} of {len(prompts)} answers are kept "
@@ -594,7 +649,8 @@ def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, c
     for status in ("answered", "refused", "empty", "failed"):
         usage[status] = sum(record["status"] == status for record in records.values())
     usage.update({name: sum(record[name] or 0 for record in records.values()) for name in TOKENS})
-    usage["cost_usd"] = _usd(prices, records.values()) if prices else None
+    known = prices and all(record["prompt_tokens"] is not None for record in records.values())
+    usage["cost_usd"] = _usd(prices, records.values()) if known else None
     usage["models"] = sorted({record["model"] for record in records.values() if record["model"]})
     return records, usage
 
@@ -604,6 +660,12 @@ def _usd(prices, counts):
                for count in counts for price, name in zip(prices or (0.0, 0.0), TOKENS, strict=True))
 
 
+def _cost(prices, status, record, request):
+    """US dollars of an attempt: the most that it can have been, where the server does not say."""
+    perhaps_charged = record["prompt_tokens"] is None and status in (0, 200)
+    return _usd(prices, [_estimate([request], bytes_per_token=1) if perhaps_charged else record])
+
+
 def _estimate(bodies, bytes_per_token):
     """Tokens of requests; 1 byte per token gives an upper bound: a byte-level token is at least a byte."""
     sizes = [len(body["messages"][0]["content"].encode("utf-8", "surrogatepass")) for body in bodies]
@@ -611,12 +673,12 @@ def _estimate(bodies, bytes_per_token):
             "completion_tokens": sum(body["max_tokens"] for body in bodies)}
 
 
-def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, usage):
+def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, spent, usage):
     """Asks for todo {prompt hash: line}, `concurrency` at a time; fills the file, records and usage.
 
-    Each attempt is a line of the file; what it may cost at most is reserved before.
+    Each attempt is a line of the file; what it may cost at most is reserved before. spent: US dollars so far.
     """
-    spent, reached, n_failed, in_a_row = _usd(prices, records.values()), False, 0, 0
+    reached, n_failed, in_a_row = False, 0, 0
     waiting = [(prompt_hash, 1, 0.0) for prompt_hash in reversed(todo)]  # attempt, seconds to wait before
     under_way, lock, stop = {}, threading.Lock(), threading.Event()
 
@@ -626,7 +688,8 @@ def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_
         status, answer, wait_s = client.post(todo[prompt_hash]["request"])
         record, now = read_answer(answer), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = todo[prompt_hash] | {
-            "attempt": attempt, "time": now, "status": record["status"], "answer": answer}
+            "attempt": attempt, "time": now, "status": record["status"], "http_status": status,
+            "answer": answer}
         encoded = json.dumps({**line, "crc32": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
         with lock:
             if file.write(encoded) < len(encoded):
@@ -648,11 +711,10 @@ def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_
                 if not under_way:
                     raise ApiError(f"--max_cost {max_cost_usd}: {spent:.4f} USD spent; up to {worst:.4f}")
                 for future in futures.wait(under_way, return_when=futures.FIRST_COMPLETED).done:
-                    prompt_hash, attempt, worst = under_way.pop(future)
+                    prompt_hash, attempt, _ = under_way.pop(future)
                     status, wait_s = future.result()
                     record, reached = records[prompt_hash], reached or status > 0
-                    perhaps_charged = record["prompt_tokens"] is None and status in (0, 200)  # or lost
-                    spent += worst if perhaps_charged else _usd(prices, [record])
+                    spent += _cost(prices, status, record, todo[prompt_hash]["request"])
                     failed, usage["requests"] = record["status"] == "failed", usage["requests"] + 1
                     usage["retries"] += attempt > 1
                     if failed and attempt <= (max_retries if reached else min(2, max_retries)):
@@ -716,13 +778,14 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     For a classifier, thresholds are tuned on val; for CLS, if train is encoded, the baselines are computed.
     """
     started, result, label_names = time.perf_counter(), None, splits[split].label_names
+    counted = {"n_shortened": encoded[split].n_shortened, "n_too_few_examples": encoded[split].n_too_few}
     if METHODS[args.method].family != "cls":
         responses, steps = generate(model, tokenizer, encoded[split], label_names, args.micro_batch_tokens,
                                     processes, args.constrain, split)
         rows = rows_of_responses(splits[split], encoded[split], responses, follows(args)["E2"] == "released")
         if not processes.rank:
             result = write_results(args.out, split, rows, label_names, None, unseen_users,
-                                   decoding_steps=steps, seconds=time.perf_counter() - started)
+                                   decoding_steps=steps, seconds=time.perf_counter() - started, **counted)
         return result
     names, thresholds = ("val", "test") if split == "test" else ("val",), None
     with_baselines = args.method == "cls" and "train" in encoded and split == "test"
@@ -731,7 +794,8 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     if processes.rank:
         return None
     if with_baselines:
-        write_json(args.out / "baselines_test.json", evaluate_baselines(splits, scores))
+        write_json(args.out / "baselines_test.json",
+                   evaluate_baselines(splits, scores, encoded["test"], unseen_users))
     for name in names:  # the metrics of test come last: they say that the run is finished
         rows = rows_of_scores(splits[name], encoded[name], scores[name])
         result = write_results(args.out, name, rows, label_names, thresholds, unseen_users,
@@ -740,8 +804,8 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     return result
 
 
-def evaluate_baselines(splits, scores):
-    """{name: metrics on test} of what reads no User ID and must be beaten; scores {split: (N, L)} of CLS.
+def evaluate_baselines(splits, scores, encoded, unseen_users=()):
+    """{name: metrics and scores on test} of what a User ID in the prompt must beat; scores {split: (N, L)}.
 
     All labels, always; each user's label frequencies; CLS plus a bias per user and label, fitted on train.
     """
@@ -755,13 +819,12 @@ def evaluate_baselines(splits, scores):
             train.labels, train.user_index, splits[name].user_index, n_users),
         "user_bias": lambda name: 1 / (1 + np.exp(-logits[name] - bias[splits[name].user_index])),
     }
-    result, gold = {}, splits["test"].labels
+    result = {}
     for name, of_split in predict.items():
-        test, thresholds = of_split("test"), metrics.tune_thresholds(splits["val"].labels, of_split("val"))
-        result[name] = {"f1_macro": metrics.f1_macro(gold, test >= 0.5),
-                        "f1_macro_tuned": metrics.f1_macro(gold, test >= thresholds),
-                        "mean_average_precision": metrics.mean_average_precision(gold, test),
-                        "log_loss": metrics.log_loss(gold, test)}
+        thresholds = metrics.tune_thresholds(splits["val"].labels, of_split("val"))
+        rows = list(rows_of_scores(splits["test"], encoded, of_split("test")))
+        result[name] = metrics.evaluate(rows, train.label_names, thresholds, unseen_users)
+        result[name]["scores"] = [row["scores"] for row in rows]
     return result
 
 
@@ -782,11 +845,12 @@ def load_run(directory, given):
 
     Raises: FileNotFoundError; ValueError if `given`, from the command line, contradicts the run.
     """
+    beside = {"run", "split", "text", "text_file", "users"}
     path = Path(directory, "config.json")
     if not path.is_file():
         raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
     if path.with_name("metrics_test.json").exists():
-        metrics.read_checked(path.parent)
+        metrics.read_checked(path.parent, "config.json")
     elif path.with_name("checkpoint").exists():
         raise ValueError(f"--run {directory} is not finished: start its train.py command again")
     args = argparse.Namespace(**read_config(path)["arguments"])
@@ -796,9 +860,13 @@ def load_run(directory, given):
     for name, value in given.items():
         if name in ("micro_batch_tokens", "constrain", "out"):
             setattr(args, name, value)
-        elif getattr(args, name, value) != value:
+        elif name == "follow" and {*value} <= {*args.follow} or name in beside:
+            continue
+        elif getattr(args, name) != value:
             raise ValueError(f"--run {directory} was trained with {name} {getattr(args, name)}, not {value}: "
                              f"leave --{name} out")
+    if args.micro_batch_tokens == "auto":
+        raise ValueError("--micro_batch_tokens auto is measured on training steps; give --run a number")
     return args
 
 
@@ -812,7 +880,7 @@ def show_users(args, texts, users, device):
     asked = data.Annotations(
         [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
         np.tile(np.arange(n), len(texts)), np.zeros((len(texts) * n, len(names)), bool), names)
-    encoded, _ = data.encode(tokenizer, task, METHODS[args.method], asked, args.max_length)
+    encoded = data.encode(tokenizer, task, METHODS[args.method], asked, args.max_length)
     processes = Processes(device=device)
     if METHODS[args.method].family == "cls":
         scores = predict_scores(model, encoded, args.micro_batch_tokens, processes)
@@ -830,16 +898,20 @@ def show_users(args, texts, users, device):
 
 def use_run(args, given, device):
     """`--run DIR`: shows texts to users, or evaluates a split and returns its metrics."""
-    run = load_run(args.run, given)
-    if args.text or args.text_file:
-        if not args.users:
-            raise ValueError("--text needs --users: the IDs of the users who would label it")
-        lines = [args.text] if args.text else args.text_file.read_text(encoding="utf-8").splitlines()
-        return show_users(run, [line for line in lines if line.strip()], args.users, device)
+    run, config = load_run(args.run, given), read_config(args.run / "config.json")
+    if given.keys() & {"text", "text_file", "users"}:
+        lines = args.text_file.read_text(encoding="utf-8").splitlines() if args.text_file else [args.text]
+        texts = [line for line in lines if line and line.strip()]
+        if not texts or not args.users:
+            raise ValueError("give --text or --text_file with a text, and --users, the IDs of who labels it")
+        return show_users(run, texts, args.users, device)
     task, splits, report = load_splits(run)
     tokenizer = lora.load_tokenizer(run.model, run.revision)
-    encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
+    anew = run.method == "cls" and not (run.out / "baselines_test.json").exists()  # they are fitted on train
+    encoded = {name: encode_split(run, tokenizer, task, splits, name)
+               for name in ("val", "test", *["train"] * anew)}
     model = load_trained(run, len(task.label_names), device)
+    check_inputs(args.run, config, report, model)
     beside = run.out != args.run  # the run's own predictions
     with claim_out(run)[0] if beside else lock_out(run.out):
         if beside:
@@ -855,20 +927,35 @@ def query_model(args, device):
     """Asks an untrained local model; returns the metrics of what it answers."""
     lora.check_by_name(args.model, args.dtype, device)
     tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
-    lock, _ = claim_out(args)
+    lock, old = claim_out(args)
+    if is_finished(args, old, args.split):
+        return None
     task, splits, report = load_splits(args)
     print(data.format_report(report))
     encoded = {args.split: encode_split(args, tokenizer, task, splits, args.split)}
     model, _ = build(args, 0, device)
-    write_json(args.out / "config.json", describe_run(args, report, model))
+    if old:
+        check_inputs(args.out, old, report, model)
+    else:
+        write_json(args.out / "config.json", describe_run(args, report, model))
     return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                     Processes(device=device))
 
 
 def query_server(args):
     """Asks a model over HTTP; returns the metrics of what it answers, None after a dry run."""
+    api_base = args.api_base or OPENAI_BASE
+    cache, prices = args.out / "answers.jsonl", (args.price_in, args.price_out, args.max_cost)
+    check_server(args.model, api_base, *prices, needs_key=not args.dry_run and not cache.exists())
+    lock, old = (None, None) if args.dry_run else claim_out(args)
+    if is_finished(args, old, args.split):
+        return None
     task, splits, report = load_splits(args)
     print(data.format_report(report))
+    if old:
+        check_inputs(args.out, old, report)
+    elif not args.dry_run:
+        write_json(args.out / "config.json", describe_run(args, report))
     started, annotations, method = time.perf_counter(), splits[args.split], METHODS[args.method]
     inputs, prompt_index, too_few = data.prompt_inputs(method, annotations, example_pool(args, splits),
                                                        args.split_seed)
@@ -876,13 +963,10 @@ def query_server(args):
         print(f"{args.split}: {too_few} annotations are of users with fewer than {method.shots} examples")
     texts = ["".join(build_prompt(task, method, *one)) for one in inputs]
     prompts = {data.prompt_hash(text): text for text in texts}
-    if not args.dry_run:
-        lock, _ = claim_out(args)
-        write_json(args.out / "config.json", describe_run(args, report))
     most = len(build_response(task.label_names).encode())  # a token is at least a byte
-    records, usage = query_api(prompts, args.model, args.out / "answers.jsonl", args.api_base or OPENAI_BASE,
-                               min(most, args.max_tokens), args.concurrency, args.timeout_s, args.max_retries,
-                               args.max_cost, args.price_in, args.price_out, args.dry_run)
+    records, usage = query_api(prompts, args.model, cache, api_base, min(most, args.max_tokens),
+                               args.concurrency, args.timeout_s, args.max_retries, args.max_cost,
+                               args.price_in, args.price_out, args.dry_run)
     if args.dry_run:
         return None
     if usage["failed"]:
@@ -892,7 +976,7 @@ def query_server(args):
     responses = [records[one]["response"] for one in hashes]
     rows = rows_of_responses(annotations, encoded, responses, follows(args)["E2"] == "released")
     return write_results(args.out, args.split, rows, task.label_names, None, report["unseen_users"],
-                         usage=usage, seconds=time.perf_counter() - started)
+                         usage=usage, n_too_few_examples=too_few, seconds=time.perf_counter() - started)
 
 
 OF_RUN = {"text", "text_file", "users", "lora_r", "lora_alpha", "lora_dropout", "target_modules"}
@@ -909,7 +993,8 @@ def not_negative(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Predict how annotators label texts.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Predict how annotators label texts.", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
     add_arguments(parser, list(METHODS))
     parser.set_defaults(model=None)
     add = parser.add_argument
@@ -930,12 +1015,14 @@ def parse_args(argv=None):
     add("--timeout_s", type=positive, default=60, help="of a request, in seconds (default: %(default)s)")
     add("--max_retries", type=positive, default=6, help="of a request (default: %(default)s)")
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    unset = object()  # what stands on the command line is given, even if it is the default
+    all_given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {name: value for name, value in all_given.items() if value is not unset}
     if args.run is None:
         if args.method is None or METHODS[args.method].family != "query":
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
         args.model = args.model or "mistral"
-    elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER
+    elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER | {"api_base", "chat_template"}
     if args.run is None and is_api_model(args.model, args.api_base):
         elsewhere = OF_RUN | OF_LOCAL
     if idle := sorted(elsewhere & given.keys()):
@@ -956,6 +1043,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} Lower --micro_batch_tokens", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(stop or "interrupted", file=sys.stderr)
         return 130
@@ -965,4 +1055,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     sys.exit(main())

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 from transformers.utils import cached_file
@@ -180,6 +180,16 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
     return sorted(targets)
 
 
+def recompute_layers(model):
+    """Keeps no activations inside the layers: backward computes them again, at the price of a forward.
+
+    The shared prefix, whose keys and values are kept, is given up for it.
+    """
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model.shares_prefix = False
+
+
 # ---- Heads, by the names of transformers ----
 
 
@@ -198,10 +208,12 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
 
 
 def use_grouped_attention(model):
-    """Gives a model that takes other attentions than its own the one above."""
+    """Gives a model the one above, if it takes others than its own and wants no more than products."""
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    if model._supports_attention_backend:
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    if model._supports_attention_backend and not sinks and not model.config.to_dict().get(
+            "attn_logit_softcapping"):
         model.set_attn_implementation("grouped")
 
 
@@ -227,11 +239,12 @@ class LastTokenClassifier(nn.Module):
     Shapes: input_ids (B, T) padded on the right; lengths (B,) -> logits (B, L) in fp32.
     """
 
-    last_layer, last_layer_trains, shares_prefix = ("score",), True, True
+    last_layer, last_layer_trains = ("score",), True
 
     def __init__(self, backbone, config, n_labels, device):
         super().__init__()
         self.config, self.base_model_prefix = config, backbone.base_model_prefix
+        self.fingerprint, self.shares_prefix = backbone.fingerprint, backbone.shares_prefix
         setattr(self, self.base_model_prefix, backbone)
         self.score = nn.Linear(config.hidden_size, n_labels, bias=False, device=device)
         nn.init.normal_(self.score.weight, std=config.initializer_range)
@@ -253,7 +266,7 @@ class T5Classifier(nn.Module):
 
     def __init__(self, backbone, config, n_labels, device):
         super().__init__()
-        self.config, self.transformer = config, backbone
+        self.config, self.transformer, self.fingerprint = config, backbone, backbone.fingerprint
         self.classification_head = nn.ModuleDict({
             "dense": nn.Linear(config.d_model, config.d_model, device=device),
             "out_proj": nn.Linear(config.d_model, n_labels, device=device)})
@@ -337,7 +350,7 @@ def checkpoint_files(model, revision=None):
             shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is no index of safetensors files ({error!r}); restore it") from None
-        if odd := [shard for shard in shards if Path(shard).name != shard]:
+        if odd := [shard for shard in shards if Path(str(shard)).name != shard]:
             raise ValueError(f"{index} names {odd}, which are not files beside it; restore it")
     files = [find(shard) for shard in shards]
     if None not in files:
@@ -388,9 +401,13 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     if not t5 and not decoder:
         raise ValueError(f"--model {model_name} is of type {kind}; use a decoder-only model or a T5")
     check_dtype(t5, dtype)
-    with torch.device("meta"):
-        auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
-        model = auto.from_config(config).eval()
+    auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json of {model_name} describes no model ({error!r}); restore it") from None
+    check_supported(model, model_name, family)
     if torch.device(device).type == "cpu":
         use_grouped_attention(model)
     check_fits(model, model_name, quantize, dtype, device)
@@ -403,9 +420,12 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     head = next((key for key, module in model.named_modules() if output and module is output), None)
     wanted, found = {key for key, _ in model.named_parameters()} | {f"{head}.weight"}, set()
+    beginnings = hashlib.sha256()
     prefix = model.base_model_prefix + "."
     for file in checkpoint_files(model_name, revision):
         for stored, tensor in stored_tensors(file):
+            start = tensor.flatten()[:64].contiguous().view(torch.uint8).numpy()
+            beginnings.update(f"{stored} {tuple(tensor.shape)}".encode() + start.tobytes())
             key = stored.replace("embed_out.", "lm_head.")  # GPT-NeoX
             key = next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in wanted), key)
             if key in wanted:
@@ -420,7 +440,8 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     if missing := sorted(key for key, parameter in model.named_parameters() if parameter.is_meta):
         raise ValueError(f"the checkpoint of {model_name} lacks {len(missing)} tensors, such as {missing[0]}")
     model.last_layer, model.last_layer_trains = ((head,) if head else ()), False
-    model.shares_prefix = not config.is_encoder_decoder
+    alibi = kind in ("bloom", "mpt") or getattr(config, "alibi", False)  # counts the padding behind a prefix
+    model.shares_prefix, model.fingerprint = decoder and not alibi, beginnings.hexdigest()
     return model.requires_grad_(False)
 
 
@@ -432,6 +453,17 @@ def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float3
         return base
     head = T5Classifier if base.config.model_type == "t5" else LastTokenClassifier
     return head(base, base.config, n_labels, device).eval()
+
+
+def check_supported(model, name, family):
+    """Raises ValueError for what a decoder does beside attention, layers and a linear head."""
+    changed = [key for key in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+               if getattr(model.config, key, None) not in (None, 1)]
+    if family == "lm" and changed:
+        raise ValueError(f"--model {name} changes its logits ({', '.join(changed)}), which the loss here "
+                         "does not: use --method cls or clsp, or another model")
+    if model._is_stateful:
+        raise ValueError(f"--model {name} has no cache of keys and values; use a transformer")
 
 
 def check_dtype(t5, dtype):
@@ -585,7 +617,8 @@ def add_arguments(parser):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print modules and what trains.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Print modules and what trains.", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
     parser.add_argument("model", help=f"{', '.join(MODELS)}, a hub id or a directory")
     parser.add_argument("--family", choices=("cls", "lm"), default="cls", help="(default: %(default)s)")
     parser.add_argument("--n_labels", type=int, default=28, help="(default: %(default)s)")

@@ -6,7 +6,7 @@ Arrays are numpy: N annotations, L labels; F1 is 0 to 1, and in percent in the t
     python metrics.py tables runs/paper [--figures]      of the finished runs below a directory
 
 A finished run is a directory with config.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
-run may hold baselines_test.json, {one of AUDITED: metrics}. Does not predict (infer.py) or read a corpus.
+run may hold baselines_test.json, {one of AUDITED: metrics and scores}. Does not predict or read a corpus.
 """
 
 import argparse
@@ -216,7 +216,8 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
     elif all("response" in row for row in rows):
         lost = sum(len(row.get("not_understood", ())) for row in rows)
         result["share_not_understood"] = lost / max(1, lost + int(data.predicted.sum()))
-        result["share_empty_answers"] = sum(not (row["response"] or "").strip() for row in rows) / len(rows)
+        empty = sum(not row["predicted"] and not row.get("not_understood") for row in rows)
+        result["share_empty_answers"] = empty / len(rows)  # signs or a repeated prompt alone are empty, too
     unseen = {str(user) for user in unseen_users or ()}
     for part in ("seen", "unseen") if unseen else ():
         if own := [row for row in rows if (str(row["user_id"]) in unseen) == (part == "unseen")]:
@@ -238,21 +239,23 @@ def checksums(directory, split, result):
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def read_checked(directory):
-    """The figures of metrics_test.json. Raises: ValueError if a file is not what was written."""
+def read_checked(directory, only=None):
+    """The figures of metrics_test.json. Raises: ValueError if a file (`only`: that one) is not as written."""
     try:
         result = json.loads((directory / "metrics_test.json").read_bytes())
         written = dict(result.pop("sha256"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{directory}/metrics_test.json is damaged: {error!r}") from None
+        raise ValueError(f"{directory}/metrics_test.json is damaged ({error!r}): restore it, or remove it "
+                         "and evaluate again") from None
     found = checksums(directory, "test", result)
-    if other := sorted(name for name in found | written if found.get(name) != written.get(name)):
-        raise ValueError(f"{directory}: {other} not as written; restore it, or remove the directory")
+    names = {only} if only else found | written
+    if other := sorted(name for name in names if found.get(name) != written.get(name)):
+        raise ValueError(f"{directory}: {other} not as written: restore it, or use infer.py --run")
     return result
 
 
 def load_run(directory):
-    """A finished run and its baselines, which have no data. Raises: ValueError, KeyError, TypeError."""
+    """A finished run and its baselines. Raises: ValueError, KeyError, TypeError."""
     metrics, config = read_checked(directory), json.loads((directory / "config.json").read_bytes())
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
@@ -260,8 +263,14 @@ def load_run(directory):
         "arguments": config["arguments"], "note": config.get("note"), "log": directory / "log.jsonl",
         "annotations": hash(str([(row["text_id"], row["user_id"], row["gold"]) for row in rows]))}
     systems = {run["method"]: metrics} | (json.loads(extra.read_bytes()) if extra.exists() else {})
-    return [SimpleNamespace(**run | {"method": key, "metrics": own, "data": data if own is metrics else None})
+    runs = [SimpleNamespace(**run | {"method": key, "metrics": own, "data": data})
             for key, own in systems.items()]
+    for baseline in runs[1:]:
+        scores = np.array(baseline.metrics.pop("scores"), float)
+        if scores.shape != data.gold.shape:
+            raise ValueError(f"{extra}: scores {scores.shape}, not {data.gold.shape}")
+        baseline.data = SimpleNamespace(**vars(data) | {"scores": scores, "predicted": scores >= 0.5})
+    return runs
 
 
 def collect(runs_dir):
@@ -294,18 +303,23 @@ def collect(runs_dir):
 
 AUDITED = ("clsp", "cls", "user_bias", "user_frequencies", "always_all")  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "mean_average_precision", "log_loss", "f1_user_mean")  # its rows
-FOOTNOTE = """All times 100: mean over seeds [95% interval over texts, paired for gains]; gains in percent.
+RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
+FOOTNOTE = """All times 100, but for seconds: mean over seeds [95% interval over texts and seeds, paired for
+gains]; gains in percent. A value "differs" if the paper's is not in its interval.
 A gain in log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
 """
 
 
 def measure(runs, part="", name="f1_macro"):
-    """The cell of a measure x 100 for all users or a part: mean over runs and, for F1-macro, resamples."""
+    """The cell of a measure for all users or a part: mean over runs and, for F1-macro, resamples.
+
+    A resample draws texts and, where there are several, seeds, the same ones for every method.
+    """
     parts = [run.metrics.get(part, {}) if part else run.metrics for run in runs]
     if not runs or any(name not in own for own in parts):
         return {}
-    per_seed, samples = [100 * own[name] for own in parts], []
-    for data, own in ((run.data, own) for run, own in zip(runs, parts) if run.data and "f1_macro" in name):
+    per_seed, samples = [(1 if name == "seconds" else 100) * own[name] for own in parts], []
+    for data, own in ((run.data, own) for run, own in zip(runs, parts) if "f1_macro" in name):
         predicted = data.predicted if name == "f1_macro" else data.scores >= np.array(own["thresholds"])
         chosen = np.isin(data.user_ids, [*own["f1_per_user"]])[data.user_index]
         samples.append(100 * resample_f1(count(
@@ -313,7 +327,10 @@ def measure(runs, part="", name="f1_macro"):
     cell = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "seeds": [run.seed for run in runs],
             "n": [own["n_annotations"] for own in parts if "n_annotations" in own],
             "on": {run.annotations for run in runs}}
-    return cell | ({"samples": np.mean(samples, axis=0)} if samples else {})  # over seeds: [choice.T11]
+    if samples:
+        drawn = np.random.default_rng(0).integers(len(runs), size=np.shape(samples))  # seeds: [choice.T11]
+        cell["samples"] = np.take_along_axis(np.array(samples), drawn, axis=0).mean(axis=0)
+    return cell
 
 
 def compare(cell, base):
@@ -347,7 +364,10 @@ def format_cell(cell, sign=""):
     text += " [{:{s}.2f}, {:{s}.2f}]".format(*cell["interval"], s=sign) if "interval" in cell else ""
     seeds = cell.get("per_seed", ())
     text += f" (seeds {min(seeds):.2f}..{max(seeds):.2f})" if len(seeds) > 1 else ""
-    return text + (f" (paper {cell['paper']:{sign}.2f})" if "paper" in cell else "")
+    if "paper" in cell:
+        low, high = cell.get("interval", (cell["paper"], cell["paper"]))
+        text += f" (paper {cell['paper']:{sign}.2f}{'' if low <= cell['paper'] <= high else ', differs'})"
+    return text
 
 
 def markdown(report):
@@ -373,7 +393,12 @@ def tables(runs_dir):
                     rows[model][method]["paper"] = paper[model][method][DATASETS.index(dataset)]
             pairs = [pair for pair in BASELINE_OF.items() if {*pair} <= {*methods}]
             report[f"Table {number}. {dataset}"] = add_gains(rows, pairs)
-        for model, methods in models.items():  # what is left of the gain of `clsp`?
+        for model, methods in models.items():
+            generated = {name: runs for name, runs in methods.items() if name not in AUDITED}
+            rows = {key: {name: measure(runs, "", key) for name, runs in generated.items()}
+                    for key in RESPONSES}
+            report[f"Responses. {dataset}, {model}"] = add_gains(rows, [])
+            # what is left of the gain of `clsp`?
             names = [name for name in AUDITED if name in methods]
             rows = {f"{part} {key}".strip(): {name: measure(methods[name], part, key) for name in names}
                     for part in ("", "seen", "unseen") for key in AUDIT}
@@ -397,7 +422,11 @@ def draw_model(gains, learning, users, cells, methods):
     runs = [run for own in methods.values() for run in own if run.data and run.log.exists()]
     for n, run in enumerate(runs):
         for key, style, label in (("loss", "-", f"{run.method}, seed {run.seed}"), ("val_loss", "o", None)):
-            curve = [(row["step"], row[key]) for row in read_predictions(run.log) if key in row]
+            try:
+                curve = [(float(row["step"]), float(row[key])) for row in read_predictions(run.log)
+                         if key in row]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{run.log} is damaged ({error!r}): restore or remove it") from None
             points = [np.mean(part, axis=0) for part in np.array_split(curve, min(len(curve), 30) or 1)]
             learning.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{n}", label=label, alpha=0.7)
     learning.set(xlabel="optimizer step", ylabel="loss: training (means), validation (dots)", yscale="log")
@@ -430,7 +459,8 @@ def figures(runs_dir):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tables and figures of finished runs.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Tables and figures of finished runs.", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)
     parser.add_argument("command", choices=["tables"], help="print Tables I-III and the auditor's")
     parser.add_argument("runs_dir", help="finished runs at any depth; gets tables.md and tables.json")
     parser.add_argument("--figures", action="store_true", help="also draw the figures (PNG)")

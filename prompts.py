@@ -119,7 +119,8 @@ SEPARATORS = re.compile(r"[,;|\n\r\u2022\u2028\u2029]")
 NUMBERING = re.compile(r"(?<!\S)\(?\d{1,3}[.)](?=\s)")  # this and the next, only inside what is no label
 WEAK_SEPARATORS = re.compile(r"(?<!\S)(?:and|or)(?!\S)|[&/+]|[.!?](?=\s)", re.IGNORECASE)
 LEAD_IN = re.compile(r"^\W*(?:the )?(?:chosen )?(?:emotion|label|response|answer)s?\s*:", re.IGNORECASE)
-PROMPT_LINE = re.compile(r"^[ \t]*(?:##|categorize the following|knowing that for the given)", re.I | re.M)
+PROMPT_LINE = re.compile(  # `###` within a line, too: T5 writes no line ends
+    r"^[ \t]*(?:##|categorize the following|knowing that for the given)|(?<=\s)###", re.I | re.M)
 RESPONSE_HEADING = re.compile(r"### ?(?:response|answer):?", re.IGNORECASE)
 
 
@@ -172,7 +173,8 @@ def _answer(response):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print one prompt.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Print one prompt.", allow_abbrev=False,
+                                     usage=argparse.SUPPRESS)  # so that a mistake is answered by one line
     parser.add_argument("task", help="goemotions, unhealthy, or any name together with --labels")
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--labels", nargs="+", help="label names of the neutral template")

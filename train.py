@@ -49,6 +49,8 @@ def start_processes():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node is more than this machine's {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -81,7 +83,9 @@ def merge_items(encoded, rows):
     Returns (prompts (K,), responses (K,) or None, weights (K,), mean targets (K, L)).
     """
     prompts, responses = encoded.prompt_index[rows], encoded.response_index
-    key = prompts if responses is None else prompts.astype(np.int64) * (responses.max() + 1) + responses[rows]
+    key = prompts.astype(np.int64)
+    if responses is not None:
+        key = key * len(encoded.response_offsets) + responses[rows]
     _, first, inverse, weights = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
     targets = np.zeros((len(first), encoded.labels.shape[1]), np.float32)
     np.add.at(targets, inverse, encoded.labels[rows])
@@ -152,7 +156,7 @@ class Objective:
         """The loss over a whole split, the same on every process."""
         self.model.eval()
         rows = np.arange(len(encoded.prompt_index))
-        total = np.array([sum(loss.item() for loss in self.losses(encoded, rows, prefix))])
+        total = np.array([sum((loss.item() for loss in self.losses(encoded, rows, prefix)), 0.0)])
         return float(summed(total, self.processes.device)[0] / self.terms(encoded, rows))
 
 
@@ -204,7 +208,8 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     """One optimizer step on the annotations `rows`; returns (mean loss, gradient norm, stop of any process).
 
     Sum of gradients over all micro-batches and processes, unscale, clip, step; a step whose fp16 gradients
-    overflow is skipped. Raises: FloatingPointError, on all processes, if the loss is not finite.
+    overflow is skipped. Raises: FloatingPointError, on all processes, if the loss is not finite, or gradients
+    are not at a scale of 1.
     """
     objective.model.train()
     buffer.zero_()
@@ -212,15 +217,15 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     for loss in objective.losses(encoded, rows, prefix):
         (loss * (scale.value / terms)).backward()
         buffer[-2] += loss.detach() / terms
-    buffer[-1], own_loss = float(stop), buffer[-2].item()
+    own, buffer[-1] = buffer[:-1].sum().item(), float(stop)  # not finite if its loss or a gradient is not
     if dist.is_initialized():
         dist.all_reduce(buffer)
     gradients = buffer[:-2].div_(scale.value)  # unscale first (fsdp_qlora clipped before) [step.unscale]
     norm = gradients.norm()
     mean_loss, norm_value, stop = torch.stack([buffer[-2], norm, buffer[-1]]).tolist()
     finite = math.isfinite(norm_value)
-    if not math.isfinite(mean_loss) or not (finite or scale.enabled):
-        where = [rank for rank, loss in enumerate(from_all(own_loss)) if not math.isfinite(loss)]
+    if not math.isfinite(mean_loss) or not (finite or scale.value > 1):
+        where = [rank for rank, sum_of_all in enumerate(from_all(own)) if not math.isfinite(sum_of_all)]
         raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm_value}, process {where or '?'}")
     scale.update(finite)
     if finite:
@@ -410,10 +415,11 @@ def train(args, encoded, objective, optimizer, parameters, save_best):
                 if val_loss < state["best_val_loss"]:  # [choice.T7]
                     state |= {"best_val_loss": val_loss, "best_step": step}
                     save_best()
+                stopped = any(from_all(stop.received > 0))  # in the validation, too
             if validate or stopped:
                 state |= {"step": step, "scale": scale.state()}
                 save_checkpoint(directory, parameters, optimizer, state)
-            if stopped and step < total:
+            if stopped:
                 raise Stopped(f"stopped at step {step} of {total}, which is saved: the same command goes on",
                               stop.received or signal.SIGTERM)
     return state
@@ -502,17 +508,18 @@ def run(args, processes):
     lora.check_by_name(args.model, args.dtype, processes.device)
     tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
     lock, old = claim_out(args) if first else (None, None)
-    if from_all(old is not None and (args.out / "metrics_test.json").exists())[0]:
-        say(f"{args.out} is finished: its result is in metrics_test.json")
+    if from_all(infer.is_finished(args, old))[0]:
         return
     task, splits, report = infer.load_splits(args)
     say(data.format_report(report))
     encoded = {name: infer.encode_split(args, tokenizer, task, splits, name, say) for name in splits}
     model, targets = infer.build(args, len(task.label_names), processes.device)
+    if args.gradient_checkpointing:
+        lora.recompute_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, model)
-    if old and old["data"]["files"] != report["files"]:
-        raise ValueError(f"the data files are not those that {args.out} was started with: use another --out")
+    if old:
+        infer.check_inputs(args.out, old, report, model)
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
     if args.micro_batch_tokens == "auto" and old:
         args.micro_batch_tokens = old["arguments"]["micro_batch_tokens"]
@@ -548,7 +555,7 @@ def run(args, processes):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Fine-tune a model to label texts as one annotator would.",
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, usage=argparse.SUPPRESS)
     trained = [name for name, method in METHODS.items() if method.family != "query"]
     infer.add_arguments(parser, trained)
     add, source = parser.add_argument, "(default: %(default)s, the authors' config)"  # [choice.T6]
@@ -556,11 +563,13 @@ def parse_args(argv=None):
     add("--max_steps", type=infer.positive, help="end after so many optimizer steps (default: all epochs)")
     add("--batch_size", type=infer.positive, default=128,
         help=f"annotations per optimizer step over all processes, 8 x 4 x 4 {source}")
-    add("--learning_rate", type=float, default=1e-4, help=f"peak {source}")
-    add("--max_grad_norm", type=float, default=1.0, help=source)
+    add("--learning_rate", type=infer.above_zero, default=1e-4, help=f"peak {source}")
+    add("--max_grad_norm", type=infer.above_zero, default=1.0, help=source)
     add("--validations", type=infer.positive, default=20, help=f"per run, that is every 5%% {source}")
     add("--merge_duplicates", action="store_true",
         help="keep the annotations of one prompt in one step, where they cost one pass (for cls and lm)")
+    add("--gradient_checkpointing", action="store_true",
+        help="less memory, a third more time (default: off; the authors' code has it on)")
     args = parser.parse_args(argv)
     if args.method is None:
         parser.error(f"--method is needed: {', '.join(trained)}")
@@ -568,13 +577,20 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    processes = start_processes()
+    args, processes = parse_args(argv), ALONE
     try:
+        processes = start_processes()
         run(args, processes)
     except (ValueError, OSError) as error:
         print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error on process {processes.rank}: {str(error).splitlines()[0]} Lower --micro_batch_tokens",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(words in str(error) for words in LOST):
             raise
@@ -593,4 +609,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside the loop it ends as Ctrl-C does
     sys.exit(main())

@@ -240,8 +240,8 @@ def post(rng, work):
     raw = whole if rng.random() < 0.2 else spoiled(rng, whole.decode())
     client = infer.ApiClient("http://127.0.0.1:9/v1", KEY, 1, 1)
     headers = {"Retry-After": words(rng), "Location": rng.choice((None, KEY))}
-    answered = types.SimpleNamespace(status_code=status, content=raw, headers=headers)
-    client.session.post = lambda *_, **__: answered
+    answered = types.SimpleNamespace(status_code=status, iter_content=lambda _: [raw], headers=headers)
+    client.session.post = lambda *_, **__: contextlib.nullcontext(answered)
     try:
         code, answer, wait_s = client.post({})
     except infer.ApiError as error:
@@ -260,10 +260,11 @@ def open_cache(rng, work):
         record = infer.read_answer(answer := some_reply(rng)[0])
         line = {"key": f"k{n}", "request": words(rng), "answer": answer, "status": record["status"]}
         raw += json.dumps(line | {"crc32": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
-        todo[f"k{n}"], expected[f"h{n}"] = {"prompt_hash": f"h{n}"}, record
+        todo[f"k{n}"], expected[f"h{n}"] = {"prompt_hash": f"h{n}", "request": {}}, record
     path.write_bytes(damaged := mutate(rng, raw))
-    file, records = infer.open_cache(path, todo, rng.random() < 0.5)
+    file, records, charged = infer.open_cache(path, todo, rng.random() < 0.5)
     file.close()
+    assert len(charged) <= 3
     assert records.items() <= expected.items(), "an answer that nobody gave"
     assert path.read_bytes() in (damaged, damaged + b"\n")
     return bool(records)
@@ -273,7 +274,7 @@ def tables(rng, work):
     """`metrics.py tables` of a run with a damaged file ends with 0, or with 2 and one line."""
     metrics.resample_f1.__defaults__ = 2, 0  # 1,000 resamples are nothing that an input can break
     if not (work / "whole").exists():
-        baselines = {"user_bias": {"f1_macro": 0.5}}
+        baselines = {"user_bias": {"f1_micro": 0.5, "scores": [[0.5, 0.25, 0.75]] * 9}}
         write_run(work / "whole", "cls", "mistral", 0.3, n_texts=3, baselines=baselines)
         (work / "runs" / "one").mkdir(parents=True)
     files = ("config.json", "metrics_test.json", "predictions_test.jsonl", "baselines_test.json")

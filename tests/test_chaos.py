@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 
 import chaos
@@ -19,13 +20,15 @@ def test_a_query_that_is_killed_at_random_moments_ends_like_an_undisturbed_one(t
 
     assert query("whole") == 0
     rng, kills = random.Random(0), 0
-    for _ in range(3):
+    for _ in range(6):
         child = multiprocessing.get_context("fork").Process(target=query, args=("out",), daemon=True)
         child.start()
-        child.join(rng.uniform(0.0, 0.4))
+        child.join(rng.uniform(0.0, 0.3))
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
             kills += 1
+        else:  # finished: another one shall be killed
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
         child.join()
         assert all(map(chaos.is_whole, tmp_path.rglob("*")))
     assert kills and query("out") == 0

@@ -728,7 +728,7 @@ def some_annotations(texts=TEXTS, n_users=3):
 def test_ids_are_those_of_each_prompt_and_each_distinct_prompt_is_there_once(tokenizer, name):
     annotations, method = some_annotations(), METHODS[name]
     pool = data.example_pool(annotations)
-    encoded, too_few = data.encode(tokenizer, TASK, method, annotations, 4096, pool)
+    encoded = data.encode(tokenizer, TASK, method, annotations, 4096, pool)
     prompts = []
     for text, user_id in annotations.fields():
         examples = data.choose_examples(pool, text, user_id, method.shots)
@@ -739,7 +739,7 @@ def test_ids_are_those_of_each_prompt_and_each_distinct_prompt_is_there_once(tok
     assert len(encoded.lengths) == len({*prompts}) == len({*encoded.hashes}) == len(encoded.hashes)
     assert encoded.ids.dtype == np.int32 and encoded.lengths.sum() == len(encoded.ids)
     assert (encoded.labels == annotations.labels).all() and encoded.labels.dtype == np.float32
-    assert too_few == 0 and encoded.n_shortened == 0
+    assert encoded.n_too_few == encoded.n_shortened == 0
     assert (encoded.response_ids is not None) == (method.family == "lm")
 
 
@@ -747,7 +747,7 @@ def test_ids_are_those_of_each_prompt_and_each_distinct_prompt_is_there_once(tok
 def test_responses_are_sorted_labels_behind_a_line_end_and_an_eos(tokenizer, train_eos):
     """[choice.T2]: without the EOS the model is never taught to stop."""
     annotations = some_annotations()
-    encoded, _ = data.encode(tokenizer, TASK, METHODS["lm"], annotations, 4096, train_eos=train_eos)
+    encoded = data.encode(tokenizer, TASK, METHODS["lm"], annotations, 4096, train_eos=train_eos)
     for row, k in enumerate(encoded.response_index):
         expected = tokenizer("\n" + build_response(annotations.label_set(row)), add_special_tokens=False)[
             "input_ids"
@@ -767,7 +767,7 @@ def test_only_the_text_is_shortened_and_no_more_than_needed(tokenizer):
     prompts = ["".join(build_prompt(TASK, method, text, "u")) for text in texts]
     template = len(tokenizer("".join(build_prompt(TASK, method, "", "u")))["input_ids"])
     for max_length in (template, template + 1, template + 40):
-        encoded, _ = data.encode(tokenizer, TASK, method, annotations, max_length)
+        encoded = data.encode(tokenizer, TASK, method, annotations, max_length)
         long = [len(tokenizer(prompt)["input_ids"]) > max_length for prompt in prompts]
         assert encoded.n_shortened == sum(long) > 10 and encoded.lengths.max() <= max_length
         for text, is_long, m in zip(texts, long, encoded.prompt_index, strict=True):
@@ -802,7 +802,7 @@ def test_a_lone_surrogate_as_of_bad_bytes_in_argv_is_a_value_error(tokenizer):
 def test_a_text_of_a_megabyte_is_shortened_in_seconds(tokenizer):
     annotations = annotations_of([("1", "u", "the dog came home " * 55_000, (1, 0))])
     started = time.perf_counter()
-    encoded, _ = data.encode(tokenizer, TASK, METHODS["clsp"], annotations, 300)
+    encoded = data.encode(tokenizer, TASK, METHODS["clsp"], annotations, 300)
     assert 295 <= encoded.lengths[0] <= 300 and time.perf_counter() - started < 120
 
 
@@ -812,7 +812,7 @@ def test_a_chat_template_frames_the_prompt_and_brings_its_own_special_tokens(tok
         with pytest.raises(ValueError, match="no chat template"):
             data.encode(tokenizer, TASK, METHODS["q0s"], annotations, 4096, chat_template=True)
         return
-    encoded, _ = data.encode(tokenizer, TASK, METHODS["q0s"], annotations, 4096, chat_template=True)
+    encoded = data.encode(tokenizer, TASK, METHODS["q0s"], annotations, 4096, chat_template=True)
     for (text, _), m in zip(annotations.fields(), encoded.prompt_index, strict=True):
         message = [{"role": "user", "content": "".join(build_prompt(TASK, METHODS["q0s"], text))}]
         expected = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)

@@ -4,13 +4,19 @@
 """
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from test_api import quick, reply, serve  # noqa: F401
 from test_train import command
 
+import data
 import infer
+import lora
+import metrics
+import prompts
 import train
 
 
@@ -60,6 +66,62 @@ def test_a_price_is_a_number_of_at_least_0(tiny_dir, tmp_path, serve, price, cap
     with pytest.raises(SystemExit) as stopped:
         infer.main(query(tiny_dir, tmp_path, serve(lambda prompt, n: reply()), "--max_cost", price))
     assert stopped.value.code == 2 and "is not a number of at least 0" in capsys.readouterr().err
+
+
+def test_a_directory_whose_name_begins_with_gpt_is_a_local_model(tmp_path, monkeypatch):
+    """Else the texts of its users would be sent to a stranger."""
+    (tmp_path / "gpt-mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert infer.is_api_model("gpt-4") and not infer.is_api_model("gpt-mine")
+
+
+def test_a_refused_query_does_not_claim_its_directory(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    query = ["--method", "q0s", "--model", "gpt-4", "--data_dir", f"{tiny_dir}/goemotions"]
+    assert infer.main([*query, "--out", str(tmp_path / "out")]) == 2
+    assert "OPENAI_API_KEY is not set" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_flag_is_one_line(capsys):
+    for main, words in ((train.main, ["--method", "clsp", "--max_grad_norm", "-1"]),
+                        (train.main, ["--method", "lm", "--learning_rate", "nan"]),
+                        (infer.main, ["--method", "clsp", "--model", "gpt-4"]),
+                        (infer.main, ["--method", "q0s", "--limit", "-1"]),
+                        (data.main, []), (metrics.main, []), (lora.main, []), (prompts.main, ["x"])):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1, words
+
+
+def test_unseen_users_that_round_to_nobody_are_refused(tiny_dir, tmp_path, capsys):
+    assert train.main(command(tiny_dir, tmp_path / "out", "--unseen_users", 0.001)) == 2
+    assert "is nobody; raise it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["load_splits", "evaluate"])
+def test_ctrl_c_outside_the_training_loop_is_a_line_and_status_130(
+        tiny_dir, tmp_path, capsys, monkeypatch, where):
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, where, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train.main(command(tiny_dir, tmp_path / "out", "--max_steps", 1)) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert train.main(command(tiny_dir, tmp_path / "out", "--max_steps", 1)) == 0
+
+
+def test_a_signal_in_the_last_validation_ends_the_run_with_a_line_and_is_resumed(
+        tiny_dir, tmp_path, capsys, monkeypatch):
+    mean_loss = train.Objective.mean_loss
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return mean_loss(*args)
+
+    arguments = command(tiny_dir, tmp_path / "out", "--max_steps", 1, "--validations", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Objective, "mean_loss", interrupted)
+        assert train.main(arguments) == 128 + signal.SIGTERM
+    assert "stopped at step 1 of 1, which is saved" in capsys.readouterr().err
+    assert train.main(arguments) == 0 and "resumed at step 1 of 1" in capsys.readouterr().out
 
 
 def test_ctrl_c_in_a_query_is_a_line_and_status_130(

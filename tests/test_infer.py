@@ -3,15 +3,19 @@
 import itertools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import method_map
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import infer
 import lora
+import metrics
 import train
 from prompts import METHODS, TASKS, build_prompt, build_response, neutral_task
 
@@ -50,7 +54,7 @@ def prompts(tiny_dir):
             np.zeros((n, 28), bool),
             task.label_names,
         )
-        return model, tokenizer, data.encode(tokenizer, task, METHODS["lmp"], asked, 512)[0]
+        return model, tokenizer, data.encode(tokenizer, task, METHODS["lmp"], asked, 512)
 
     return prepare
 
@@ -227,7 +231,11 @@ def test_a_chat_template_changes_the_prompts_of_a_query_only_when_asked(tiny_dir
         (["--run", "/nonexistent"], "no config.json"),
         (["--model", "/elsewhere"], "was trained with model"),
         (["--lora_r", "7"], "was trained with lora_r 2"),
-        (["--text", "x"], "--text needs --users"),
+        (["--text", "x"], "give --text or --text_file with a text, and --users"),
+        (["--text", "  ", "--users", "4"], "give --text or --text_file with a text, and --users"),
+        (["--users", "4"], "give --text or --text_file with a text, and --users"),
+        (["--dataset", "unhealthy"], "was trained with dataset"),
+        (["--micro_batch_tokens", "auto"], "give --run a number"),
     ],
 )
 def test_a_mistake_with_a_run_is_told_in_one_line(finished, capsys, change, message):
@@ -255,6 +263,8 @@ def test_a_run_is_decoded_with_constraints_beside_its_free_responses(finished, t
         ["--model", "phi-2", "--max_cost", "1"],
         ["--model", "phi-2", "--lora_r", "4"],
         ["--run", "DIR", "--dry_run"],
+        ["--run", "DIR", "--chat_template"],
+        ["--run", "DIR", "--api_base", "http://localhost/v1"],
     ],
 )
 def test_a_flag_without_a_meaning_is_refused(arguments, capsys):
@@ -299,5 +309,70 @@ def test_a_query_does_not_overwrite_another_one(tiny_dir, tmp_path, capsys):
     before = (tmp_path / "out" / "predictions_test.jsonl").read_bytes()
     assert infer.main(command(tiny_dir, "q1s", *arguments)) == 2
     assert "method 'q0s' there, 'q1s' here" in capsys.readouterr().err
+    written = (tmp_path / "out" / "config.json").stat().st_mtime_ns
     assert infer.main(command(tiny_dir, "q0s", *arguments)) == 0
+    assert "is finished: its result is in metrics_test.json" in capsys.readouterr().out
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == written
     assert (tmp_path / "out" / "predictions_test.jsonl").read_bytes() == before
+
+
+def test_a_flag_that_is_given_its_default_is_given():
+    """`--lora_r 2` contradicts a run of another rank, though 2 is the default."""
+    assert infer.parse_args(["--run", "x", "--lora_r", "2"])[1] == {"run": Path("x"), "lora_r": 2}
+
+
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_a_run_is_not_evaluated_on_other_data_or_weights(finished, tiny_dir, tmp_path, capsys, what):
+    """Two label columns with swapped names, or another base under the same path, would be other numbers."""
+    inputs, run = shutil.copytree(tiny_dir, tmp_path / "inputs"), tmp_path / "run"
+    shutil.copytree(finished["clsp"], run)
+    (run / "metrics_test.json").unlink()  # it holds the checksum of config.json
+    text = (run / "config.json").read_text().replace(str(tiny_dir), str(inputs))
+    (run / "config.json").write_text(text)
+    if what == "data":
+        path = inputs / "goemotions" / "goemotions_1.csv"
+        swapped = path.read_text().replace("joy", "anger_", 1).replace("anger,", "joy,", 1)
+        path.write_text(swapped.replace("anger_", "anger"))
+    else:
+        (path,) = Path(json.loads(text)["arguments"]["model"]).glob("model*.safetensors")
+        tensors = load_file(path)
+        save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
+    assert infer.main(["--run", str(run)]) == 2
+    assert f"the {what.replace('data', 'data files')}" in capsys.readouterr().err
+
+
+def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path, capsys):
+    """A kill between the predictions and the metrics of a second evaluation must not cost the run."""
+    run = shutil.copytree(finished["clsp"], tmp_path / "run")
+    (run / "predictions_test.jsonl").write_text("")
+    assert infer.main(["--run", str(run)]) == 0
+    assert metrics.main(["tables", str(run)]) == 0
+
+
+def test_baselines_that_were_lost_are_made_again(finished, tmp_path):
+    run = shutil.copytree(finished["cls"], tmp_path / "run")
+    before = json.loads((run / "baselines_test.json").read_text())
+    (run / "baselines_test.json").unlink()
+    assert infer.main(["--run", str(run)]) == 0
+    after = json.loads((run / "baselines_test.json").read_text())
+    assert after["user_bias"]["log_loss"] == pytest.approx(before["user_bias"]["log_loss"], abs=1e-5)
+    assert metrics.main(["tables", str(run)]) == 0
+
+
+def test_nan_logits_are_an_error_and_no_answer(tiny_dir, tmp_path, capsys, monkeypatch):
+    build = infer.build
+
+    def broken(*args):
+        model, targets = build(*args)
+        model.get_output_embeddings().weight.data.fill_(float("nan"))
+        return model, targets
+
+    monkeypatch.setattr(infer, "build", broken)
+    assert infer.main(command(tiny_dir, "q0s", "--limit", 3, "--out", tmp_path / "out")) == 2
+    assert "logits are NaN" in capsys.readouterr().err
+
+
+def test_without_git_the_commit_is_not_known(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    args, _ = infer.parse_args(["--method", "q0s"])
+    assert infer.describe_run(args, {})["commit"] is None

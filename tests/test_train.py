@@ -331,6 +331,20 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_and_the_scale_halved(
     assert (scale.value, scale.skipped) == (1.5e38, 1)
 
 
+def test_gradients_that_are_nan_at_every_scale_stop_the_run(prepared):
+    """1,300 steps were skipped without a word once, at a scale of 0."""
+    _, network, encoded = prepared()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    hook = parameters[0].register_hook(lambda gradient: gradient * float("nan"))
+    objective, buffer = train.Objective(network, "cls", 4096), train.flat_gradients(parameters)
+    optimizer, scale = torch.optim.AdamW(parameters), train.LossScale(True)
+    with pytest.raises(FloatingPointError, match=r"gradient norm nan, process \[0\]"):
+        for _ in range(30):
+            train.train_step(objective, optimizer, buffer, scale, encoded, np.arange(4), 0)
+    assert scale.skipped == 16 and scale.value == 1
+    hook.remove()
+
+
 def test_the_loss_scale_moves_like_the_scaler_of_torch():
     ours, theirs = train.LossScale(True), torch.amp.GradScaler("cpu", growth_interval=2000)
     weight = torch.nn.Parameter(torch.ones(1))

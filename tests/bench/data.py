@@ -107,7 +107,7 @@ def encode_clsp(directory, tokenizer_dir):
     task, splits, _ = data.load("goemotions", directory)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     started = time.perf_counter()
-    encoded, _ = data.encode(tokenizer, task, METHODS["clsp"], splits["train"], 512)
+    encoded = data.encode(tokenizer, task, METHODS["clsp"], splits["train"], 512)
     seconds = time.perf_counter() - started
     return f"{len(encoded.hashes):,} of {encoded.lengths.mean():.0f} tokens in {seconds:.1f} s"
 
