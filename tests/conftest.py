@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,8 +11,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 torch.set_num_threads(1)
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that is killed within would hold it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits to ignore it
 
 

@@ -108,11 +108,11 @@ def collate(given, rows, left=False, responses=True):
 # ---- The two sides of training: (model, a function that trains on batches and returns its seconds) ----
 
 
-def ours(given, prefix=None):
+def ours(given, prefix=None, all_positions=False):
     args, encoded = given.args, given.encoded
     model, _ = infer.build(args, len(given.names), DEVICE)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    objective = train.Objective(model, given.family, args.micro_batch_tokens, PROCESS)
+    objective = train.Objective(model, given.family, args.micro_batch_tokens, PROCESS, all_positions)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
     buffer, scale = train.flat_gradients(parameters), train.LossScale(args.dtype == "fp16")
     prefix = data.shared_prefix(encoded) if prefix is None else prefix
@@ -242,6 +242,13 @@ def memory_row(options):
     sides = (partial(in_process, memory_of, side, given, batches_of(given, options)[:2])
              for side in (ours, peer))
     return *sides, "two steps"
+
+
+def logits_row(options):
+    given = prepare(options, "lm")
+    sides = (partial(in_process, memory_of, ours, given, batches_of(given, options)[:2], 0, all_positions)
+             for all_positions in (False, True))
+    return *sides, "two steps, no shared prefix; the peer is ours with --follow T1=paper: all tokens"
 
 
 def load_of(side, given):
@@ -447,11 +454,13 @@ ROWS = {each.name: each for each in (
     *(row(f"train {method}", SPEED, train_row, method=method) for method in ("cls", "lm", "lmp")),
     row("train cls, merged", SPEED, merge_row, ">= 2.5"),
     row("memory clsp", MEMORY, memory_row, "<= 0.7", "<= 0.8"),
+    row("memory lm, logits of the response alone", MEMORY, logits_row),
     row("evaluate clsp", SPEED, scores_row, method="clsp"),
     row("evaluate cls", SPEED, scores_row, ">= 3", method="cls", many=True),
     row("evaluate q0s", SPEED, text_row, ">= 3", method="q0s", many=True),
     row("evaluate lmp", SPEED, text_row, ">= 5", method="lmp", to_the_limit=True),
     row("evaluate lmp, peer ends too", SPEED, text_row, method="lmp"),
+    row("evaluate q2s", SPEED, text_row, method="q2s"),
     *(row(f"load {quantize}", LOAD, load_row, quantize=quantize) for quantize in ("none", "nf4")),
     *(row(f"growth {k}x annotations", GROWTH, data_row, f"<= {k}", times=k) for k in (4, 16)),
     row("growth 10x users", GROWTH, data_row, "<= 10", times_users=10),
