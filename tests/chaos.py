@@ -29,10 +29,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
 import test_api  # noqa: E402
 import tiny  # noqa: E402
+from measure import append  # noqa: E402
 
 CORPUS = random.Random(0).randbytes(300_000)
 ENVIRONMENT = {
@@ -219,12 +220,11 @@ def main(argv=None):
         kills, lost = kills + counted["kills"], lost + sum(counted[column] for column in COLUMNS[2:])
         print(f"{name:<26}" + "".join(f"{counted[column]:>10}" for column in COLUMNS), flush=True)
         if args.results:
-            with args.results.open("a") as file:
-                print(json.dumps(counted | {
-                    "what": f"kills: {name}", "injected": counted["kills"], "seed": args.seed,
-                    "lost": sum(counted[column] for column in COLUMNS[2:]),
-                    "command": f"python tests/chaos.py --kills {args.kills} --seconds {args.seconds:.0f}"}),
-                    file=file)
+            append(args.results, counted | {
+                "what": f"kills: {name}", "injected": counted["kills"], "seed": args.seed,
+                "lost": sum(counted[column] for column in COLUMNS[2:]),
+                "note": f"{counted['runs']} runs, each ended as an undisturbed one",
+                "command": f"python tests/chaos.py --kills {args.kills} --seconds {args.seconds:.0f}"})
     server.die()
     shutil.rmtree(work)
     return int(lost > 0)

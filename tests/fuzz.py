@@ -22,9 +22,11 @@ import types
 import zlib
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
 import torch  # noqa: E402
+from measure import append  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from test_api import KEY, any_json, reply  # noqa: E402
 from test_metrics import write_run  # noqa: E402
@@ -350,10 +352,9 @@ def main(argv=None):
         lines.append(f"| `{target.__name__}` | {' | '.join(f'{n:,}' for n in figures)} |")
         failures += wrong
         if args.results:
-            with args.results.open("a") as file:
-                print(json.dumps({"what": f"hostile inputs: {target.__name__}", "injected": sum(counts),
-                                  "lost": counts[2], "refused": counts[1],
-                                  "command": f"python tests/fuzz.py --inputs {args.inputs}"}), file=file)
+            append(args.results, {"what": f"hostile inputs: {target.__name__}", "injected": sum(counts),
+                                  "lost": counts[2], "note": f"{counts[1]:,} refused",
+                                  "command": f"python tests/fuzz.py --inputs {args.inputs}"})
     print("\n".join([*lines, "", *failures]))
     return int(bool(failures))
 

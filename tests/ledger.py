@@ -96,21 +96,24 @@ def bench_block():
         return f"{statistics.median(figures):.4g}" if figures else "not run"
 
     yield from ("| row | ours | peer | ratio | target | note |", "|---|---|---|---|---|---|")
-    noted = set()
-    for line in newest(read("bench.jsonl"), "row", "unit", "target"):
+    noted, lines = set(), newest(read("bench.jsonl"), "row", "unit", "target")
+    for line in lines:
         ratios = line["ratios"]
         ratio = f"{line['ratio']:.2f} ({min(ratios):.2f}..{max(ratios):.2f})" if ratios else "-"
         yield (f"| {line['row']}, {line['unit']} | {show(line['ours'])} | {show(line['peer'])} | {ratio} | "
                f"{line['target']} | {'' if line['note'] in noted else line['note'].strip('; ')} |")
         noted.add(line["note"])
+    for name in ("device", "commit"):
+        yield f"\n{name.capitalize()}: {', '.join(dict.fromkeys(line[name] for line in lines))}."
 
 
 def reliability_block():
-    """A row per kind of fault: how many were injected, and what was lost."""
-    yield from ("| what | injected | lost | command |", "|---|---|---|---|")
+    """A row per kind of fault: how many were injected, what was lost, and further figures."""
+    yield from ("| what | injected | lost | figures | command; commit |", "|---|---|---|---|---|")
     for line in newest(read("reliability.jsonl"), "what"):
         injected = "-" if line["injected"] is None else f"{line['injected']:,}"
-        yield f"| {line['what']} | {injected} | {line['lost']} | `{line['command']}` |"
+        yield (f"| {line['what']} | {injected} | {line['lost']} | {line.get('note', '')} | "
+               f"`{line['command']}`; {line.get('commit', '')} |")
 
 
 def files_block():

@@ -9,7 +9,6 @@ imported, or a test that is not found, counts as broken.
 
 import argparse
 import importlib
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,9 @@ import time
 from pathlib import Path
 
 import method_map
+
+sys.path.append(str(Path(__file__).parent / "bench"))
+from measure import append  # noqa: E402
 
 LIBRARIES = ["pytest", "torch", "peft", "bitsandbytes", "sklearn.metrics", "hypothesis", "requests", *(
     f"transformers.models.{name}" for name in (
@@ -43,7 +45,7 @@ MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's 
     ("choice.E4", "np.maximum(2 * true + false + missed, 1)", "(2 * true + false + missed)"),
     ("choice.E1", "data.scores >= np.asarray(thresholds)", "data.scores >= 0.5"),
     ("choice.E6", "gain(cell[key], base[key])", "gain(base[key], cell[key])"),
-    ("choice.T11", "np.mean(samples, axis=0)", "samples[0]"),
+    ("choice.T11", "integers(len(runs), size", "integers(1, size"),
     ("choice.D1", "few = counts() < min_share", "few = counts() <= min_share"),
     ("choice.D2", "np.argwhere(n > max_share * most)", "np.argwhere(n > most)"),
     ("choice.D3", "order[: int(n[u, s] - max_share", "order[: 1 + int(n[u, s] - max_share"),
@@ -70,7 +72,7 @@ MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's 
     ("step.clip", "min(1.0, max_grad_norm", "max(1.0, max_grad_norm"),
     ("choice.T7", 'if val_loss < state["best_val_loss"]', 'if val_loss <= float("inf")'),
     ("choice.T4", '"] == "released"  # [choice.T4]', '"] == "paper"  # [choice.T4]'),
-    ("choice.T6", 'type=float, default=1e-4', 'type=float, default=1e-3'),
+    ("choice.T6", 'above_zero, default=1e-4', 'above_zero, default=1e-3'),
 ]
 
 
@@ -125,9 +127,8 @@ def main(argv=None):
     lost = len(found) - found.count("killed")
     print(f"{len(found) - lost} of {len(found)} killed")
     if args.results and not args.tags:
-        with args.results.open("a") as file:
-            print(json.dumps({"what": "a tagged line negated or dropped, unseen by its test", "lost": lost,
-                              "injected": len(found), "command": "python tests/mutants.py"}), file=file)
+        append(args.results, {"what": "a tagged line negated or dropped, unseen by its test", "lost": lost,
+                              "injected": len(found), "command": "python tests/mutants.py"})
     return int(lost > 0)
 
 

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
 import tiny  # noqa: E402
+from measure import append  # noqa: E402
 
 STEPS = 10_000_000
 LIMITS = {"memory_mb": (0, 1.05), "open_files": (0, 1), "steps_per_cpu_s": (0.75, 99)}  # of last / first
@@ -73,11 +74,12 @@ def main(argv=None):
         print(f"{name:<16} {a:10.2f} {b:10.2f} {(b - a) / hours:+10.2f} an hour")
     print("failed:", *result["failed"])
     if args.results:
+        shown = (f"{name} {result[name]['first_third']:.4g} to {result[name]['last_third']:.4g}"
+                 for name in ("memory_mb", "open_files", "steps_per_cpu_s", "log_mb"))
         result |= {"what": f"{args.minutes:g} minutes of training: memory, open files, speed",
-                   "injected": None, "lost": len(result["failed"]),
+                   "injected": None, "lost": len(result["failed"]), "note": ", ".join(shown),
                    "command": f"python tests/soak.py --minutes {args.minutes:g}"}
-        with args.results.open("a") as file:
-            print(json.dumps(result), file=file)
+        append(args.results, result)
     return int(bool(result["failed"]))
 
 

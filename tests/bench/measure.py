@@ -67,6 +67,20 @@ def device_name():
     return f"{name} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+def provenance():
+    """What stands beside every number: the commit of the code and the device."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                            cwd=ROOT, check=False).stdout.strip()
+    return {"commit": commit, "device": device_name()}
+
+
+def append(path, line):
+    """Appends a line and its provenance to a file of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line | provenance()) + "\n")
+
+
 def add_results(parser):
     """The option of every benchmark."""
     parser.add_argument("--results", type=Path, metavar="FILE", help="append one JSON line per row to it")
@@ -77,14 +91,10 @@ def record(args, row, unit=None, ours=(), peer=(), target="", note=""):
     if not args.results:
         return
     ratios = [a / b for a, b in zip(ours, peer, strict=False)]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                            cwd=ROOT, check=False).stdout.strip()
     plain = {name: Path(value).name if isinstance(value, (str, Path)) else value  # no paths of this machine
              for name, value in vars(args).items()}
     line = {"row": row, "unit": unit, "ours": list(ours), "peer": list(peer), "ratios": ratios,
             "ratio": statistics.median(ratios) if ratios else None, "target": target, "note": note,
-            "device": device_name(), "commit": commit, "arguments": plain,
+            "arguments": plain,
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")}}
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(args.results, line)
