@@ -519,10 +519,11 @@ def write_atomically(path, write):
 
 
 def digest_of(tensors, text=""):
-    """sha256 of named tensors and a text, in hex."""
+    """sha256 of named tensors with their dtypes and shapes, and of a text, in hex."""
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
