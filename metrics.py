@@ -228,7 +228,7 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
 # ---- Finished runs ----
 
 NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run",
-              "max_cost"}
+              "max_cost", "follow"}
 
 
 def checksums(directory, split, result):
@@ -259,7 +259,7 @@ def load_run(directory):
     metrics, config = read_checked(directory), json.loads((directory / "config.json").read_bytes())
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
-    run = {"limit": None, "max_steps": None} | config["arguments"] | {
+    run = {"limit": None, "max_steps": None, "follow": {}} | config["arguments"] | {
         "arguments": config["arguments"], "note": config.get("note"), "log": directory / "log.jsonl",
         "annotations": hash(str([(row["text_id"], row["user_id"], row["gold"]) for row in rows]))}
     systems = {run["method"]: metrics} | (json.loads(extra.read_bytes()) if extra.exists() else {})
@@ -289,7 +289,8 @@ def collect(runs_dir):
             if run.note or run.limit or run.max_steps or model not in PAPER or dataset not in DATASETS:
                 model = Path(model).name
                 dataset = f"{Path(dataset).stem} ({run.note or 'not the setting of the paper'})"
-            recipe = {key: str(run.arguments[key]) for key in sorted(run.arguments.keys() - NOT_RECIPE)}
+            given = run.arguments | {f"follow {row}": own for row, own in dict(run.follow).items()}
+            recipe = {key: str(given[key]) for key in sorted(given.keys() - NOT_RECIPE)}
             usual = recipes.setdefault((dataset, model, run.method), recipe) | {"constrain": "False"}
             words = [f"{key} {value}" for key, value in recipe.items() if value != usual.get(key)]
             model += f" ({', '.join(words)})" if words else ""

@@ -408,12 +408,15 @@ def test_another_recipe_is_another_row_and_not_another_seed(tmp_path):
         write_run(tmp_path / f"lmp{seed}", "lmp", "mistral", 0.3, seed=seed, quantize="nf4")
     write_run(tmp_path / "other", "lmp", "mistral", 0.3, seed=3, quantize="none")
     write_run(tmp_path / "constrained", "lm", "mistral", 0.3, seed=4, constrain=True)
+    for n, source in enumerate(("paper", "released")):
+        write_run(tmp_path / f"q{n}", "q0s", "mistral", 0.3, follow={"E2": source, "T1": "paper"})
     metrics.tables(tmp_path)
     rows = table(tmp_path, "Table I. goemotions")
     assert rows["mistral"]["lmp"]["seeds"] == [1, 2] and rows["mistral"]["lmp"]["paper"] == 34.52
     assert rows["mistral (quantize none)"]["lmp"]["seeds"] == [3]
     assert rows["mistral (constrain True)"]["lm"]["seeds"] == [4]
     assert "paper" not in rows["mistral (constrain True)"]["lm"]
+    assert "mistral (follow E2 released)" in table(tmp_path, "Table II. goemotions")
 
 
 def test_runs_on_other_annotations_have_no_gain(tmp_path):
