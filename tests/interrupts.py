@@ -1,4 +1,4 @@
-"""Interrupts `make reproduce` by Ctrl-C, SIGKILL and Ctrl-C, and compares its tables with an undisturbed one's.
+"""Interrupts `make reproduce` by Ctrl-C, SIGKILL and Ctrl-C, and compares its tables with a whole one's.
 
     python tests/interrupts.py [--results FILE]        two reproductions of profile tiny, about 15 minutes
 
@@ -31,7 +31,7 @@ def start():
 
 
 def strike(process, number):
-    """A signal as a terminal sends it, to the group; SIGKILL to all below: torchrun's workers have a group each."""
+    """A signal to the group, as a terminal sends it; SIGKILL to all below: torchrun's workers are not in it."""
     if number == signal.SIGKILL:
         found = [process.pid]
         for pid in found:
