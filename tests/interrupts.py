@@ -31,7 +31,7 @@ def start():
 
 
 def strike(process, number):
-    """A signal to the group, as a terminal sends it; SIGKILL to all below: torchrun's workers are not in it."""
+    """A signal to the group, as a terminal sends it; SIGKILL to all below, torchrun's workers too."""
     if number == signal.SIGKILL:
         found = [process.pid]
         for pid in found:
