@@ -103,8 +103,8 @@ def add_arguments(parser, methods):
     add("--max_length", type=positive, default=512,
         help="tokens of a prompt; a longer one loses the end of its text (default: %(default)s)")
     add("--micro_batch_tokens", type=tokens_or_auto, default=4096,
-        help="tokens, padding included, that a device computes at once; in training auto: as many as fit "
-        "into its free memory (default: %(default)s)")
+        help="tokens, padding included, that a device trains on at once, a quarter of those that it decodes; "
+        "in training auto: as many as fit into its free memory (default: %(default)s)")
     add("--follow", type=follow_row, nargs="+", default=[], metavar="ROW=SOURCE",
         help=f"do as the paper or the released code does in a row of the audit: {', '.join(FOLLOW)}")
     add("--unseen_users", type=data.share, default=0.0, metavar="SHARE",
@@ -379,15 +379,16 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     """Returns the greedy responses of the M distinct prompts, and the number of decoding steps.
 
     Decoders read the prompts' shared prefix once, are padded on the left, in batches of like length, and stop
-    at the end token or the longest possible answer. `constrain` allows sequences of labels only, whose forced
-    tokens cost a decoder no step.
+    at the end token or the longest possible answer. A batch has four times the tokens of a training one: no
+    activations are kept, and a step takes hardly longer for more rows. `constrain` allows sequences of labels
+    only, whose forced tokens cost a decoder no step.
     """
     model.eval()
     sequences = LabelSequences(tokenizer, label_names) if constrain else None
     limit, lengths = longest_response(tokenizer, label_names), encoded.lengths
     prefix = shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
-    batches, responses, steps = data.micro_batches(lengths + limit, mine, tokens_per_batch), {}, 0
+    batches, responses, steps = data.micro_batches(lengths + limit, mine, 4 * tokens_per_batch), {}, 0
     for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
         prompts = [encoded.prompt(m) for m in batch]
         written, batch_steps = decode(model, prompts, prefix, processes.device, limit, tokenizer.eos_token_id,
