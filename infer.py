@@ -320,9 +320,10 @@ def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="
         input_ids = to_device(data.pad([encoded.prompt(m) for m in batch], 0), processes.device)
         logits = model(input_ids, to_device(lengths[batch], processes.device), prefix)
         scores[batch] = torch.sigmoid(logits).cpu().numpy()
-    if np.isnan(scores).any():
+    scores = summed(scores, processes.device)
+    if np.isnan(scores).any():  # on all processes
         raise ValueError("the model's scores are NaN; use --dtype bf16 or fp32")
-    return summed(scores, processes.device)[encoded.prompt_index]
+    return scores[encoded.prompt_index]
 
 
 # ---- Generated responses ----

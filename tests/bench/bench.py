@@ -15,6 +15,7 @@ mean nothing. Needs Linux and a decoder-only model.
 
 import argparse
 import copy
+import dataclasses
 import gc
 import statistics
 import sys
@@ -390,9 +391,9 @@ def data_row(options, times=1, times_users=1):
 
 def length_row(options):
     short = prepare(options, "clsp")
-    long, encoded = copy.deepcopy(short), short.encoded
-    twice = [np.tile(encoded.prompt(m), 2) for m in range(len(encoded.lengths))]
-    long.encoded.ids, long.encoded.offsets = data.flatten(twice)
+    long, encoded = copy.copy(short), short.encoded
+    ids, offsets = data.flatten([np.tile(encoded.prompt(m), 2) for m in range(len(encoded.lengths))])
+    long.encoded = dataclasses.replace(encoded, ids=ids, offsets=offsets)
 
     def cost(given):
         found = in_process(memory_of, ours, given, batches_of(short, options)[:2], 0)
