@@ -449,11 +449,13 @@ def figures(runs_dir):
         raise ValueError("--figures needs matplotlib: pip install matplotlib") from error
     report, paths = json.loads(Path(runs_dir, "tables.json").read_bytes()), []
     for dataset, models in collect(runs_dir).items():
-        figure = Figure(figsize=(16, 4.5 * len(models)), layout="constrained")
-        for panels, model in zip(figure.subplots(len(models), 3, squeeze=False), models):
-            first, second = (report[f"Table {number}. {dataset}"].get(model, {}) for number in ("I", "II"))
-            gains = {name: cell for name, cell in (first | second).items() if "[%]" in name and cell}
-            draw_model(*panels, gains, models[model])
+        rows = [report[f"Table {number}. {dataset}"] for number in ("I", "II")]
+        gains = {model: {name: cell for row in rows for name, cell in row.get(model, {}).items()
+                         if "[%]" in name and cell} for model in models}
+        shown = [model for model in models if gains[model]] or [*models]
+        figure = Figure(figsize=(16, 4.5 * len(shown)), layout="constrained")
+        for panels, model in zip(figure.subplots(len(shown), 3, squeeze=False), shown):
+            draw_model(*panels, gains[model], models[model])
             panels[1].set_title(f"{dataset}: {model}")
         paths.append(Path(runs_dir, re.sub(r"\W+", "_", f"figures {dataset}").strip("_") + ".png"))
         figure.savefig(paths[-1], dpi=100)
