@@ -872,13 +872,14 @@ def load_run(directory, given):
     return args
 
 
-def show_users(args, texts, users, device):
+def show_users(args, config, texts, users, device):
     """Prints a table users x labels for each text: probabilities, or 1 for a generated label."""
-    task, splits, _ = load_splits(args)
+    task, splits, report = load_splits(args)
     names, train, n = task.label_names, splits["train"], len(users)
     if strangers := sorted(set(users) - {train.users[k] for k in np.unique(train.user_index)}):
         print(f"unseen in training, so only a guess: users {', '.join(strangers)}")
     tokenizer, model = lora.load_tokenizer(args.model, args.revision), load_trained(args, len(names), device)
+    check_inputs(args.out, config, report, model)
     asked = data.Annotations(
         [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
         np.tile(np.arange(n), len(texts)), np.zeros((len(texts) * n, len(names)), bool), names)
@@ -906,7 +907,7 @@ def use_run(args, given, device):
         texts = [line for line in lines if line and line.strip()]
         if not texts or not args.users:
             raise ValueError("give --text or --text_file with a text, and --users, the IDs of who labels it")
-        return show_users(run, texts, args.users, device)
+        return show_users(run, config, texts, args.users, device)
     task, splits, report = load_splits(run)
     tokenizer = lora.load_tokenizer(run.model, run.revision)
     anew = run.method == "cls" and not (run.out / "baselines_test.json").exists()  # they are fitted on train

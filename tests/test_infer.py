@@ -337,8 +337,9 @@ def test_a_run_is_not_evaluated_on_other_data_or_weights(finished, tiny_dir, tmp
         (path,) = Path(json.loads(text)["arguments"]["model"]).glob("model*.safetensors")
         tensors = load_file(path)
         save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
-    assert infer.main(["--run", str(run)]) == 2
-    assert f"the {what.replace('data', 'data files')}" in capsys.readouterr().err
+    for more in ([], ["--text", "x", "--users", "4"]):
+        assert infer.main(["--run", str(run), *more]) == 2
+        assert f"the {what.replace('data', 'data files')}" in capsys.readouterr().err
 
 
 def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path, capsys):
