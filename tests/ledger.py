@@ -101,7 +101,8 @@ def bench_block():
     for line in lines:
         ratios = line["ratios"]
         ratio = f"{line['ratio']:.2f} ({min(ratios):.2f}..{max(ratios):.2f})" if ratios else "-"
-        yield (f"| {line['row']}, {line['unit']} | {show(line['ours'])} | {show(line['peer'])} | {ratio} | "
+        peer = "-" if line["ours"] and not line["peer"] else show(line["peer"])
+        yield (f"| {line['row']}, {line['unit']} | {show(line['ours'])} | {peer} | {ratio} | "
                f"{line['target']} | {'' if line['note'] in noted else line['note'].strip('; ')} |")
         noted.add(line["note"])
     for name in ("device", "commit"):
