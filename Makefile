@@ -106,7 +106,7 @@ reproduce: plan
 
 bench: setup
 	$(BIN)/python tests/bench/bench.py --results results/bench.jsonl $(BENCH)
-	$(BIN)/python tests/bench/data.py --tokenizer $(MODEL) --long_rows 10000000 --results results/bench.jsonl
+	$(BIN)/python tests/bench/data.py $(if $(wildcard $(MODEL)),--tokenizer $(MODEL)) --long_rows 10000000 --results results/bench.jsonl
 	$(BIN)/python tests/bench/api.py --results results/bench.jsonl
 
 chaos: setup

@@ -406,9 +406,10 @@ def hold_out_users(splits, share, seed=42):
     users = splits["train"].users
     present = sorted((users[k] for k in np.unique(splits["train"].user_index)),
                      key=lambda user_id: hash_order(seed, "unseen", user_id))
-    if share and not round(share * len(present)):
+    n = round(share * len(present))
+    if share and not n:
         raise ValueError(f"--unseen_users {share} of {len(present)} users is nobody; raise it")
-    unseen = set(present[: round(share * len(present))])
+    unseen = set(present[:n])
     seen = np.array([user_id not in unseen for user_id in users])
     splits = splits | {name: splits[name].select(seen[splits[name].user_index]) for name in ("train", "val")}
     return splits, sorted(unseen)

@@ -780,14 +780,15 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     For a classifier, thresholds are tuned on val; for CLS, if train is encoded, the baselines are computed.
     """
     started, result, label_names = time.perf_counter(), None, splits[split].label_names
-    counted = {"n_shortened": encoded[split].n_shortened, "n_too_few_examples": encoded[split].n_too_few}
     if METHODS[args.method].family != "cls":
         responses, steps = generate(model, tokenizer, encoded[split], label_names, args.micro_batch_tokens,
                                     processes, args.constrain, split)
         rows = rows_of_responses(splits[split], encoded[split], responses, follows(args)["E2"] == "released")
         if not processes.rank:
             result = write_results(args.out, split, rows, label_names, None, unseen_users,
-                                   decoding_steps=steps, seconds=time.perf_counter() - started, **counted)
+                                   decoding_steps=steps, seconds=time.perf_counter() - started,
+                                   n_shortened=encoded[split].n_shortened,
+                                   n_too_few_examples=encoded[split].n_too_few)
         return result
     names, thresholds = ("val", "test") if split == "test" else ("val",), None
     with_baselines = args.method == "cls" and "train" in encoded and split == "test"
@@ -816,7 +817,7 @@ def evaluate_baselines(splits, scores, encoded, unseen_users=()):
     logits = {name: np.log(own / (1 - own)) for name, own in clipped.items()}
     bias = metrics.fit_user_bias(logits["train"], train.labels, train.user_index, n_users)
     predict = {
-        "always_all": lambda name: np.ones(splits[name].labels.shape),
+        "always_all": lambda name: metrics.always_all(*splits[name].labels.shape),
         "user_frequencies": lambda name: metrics.user_frequencies(
             train.labels, train.user_index, splits[name].user_index, n_users),
         "user_bias": lambda name: 1 / (1 + np.exp(-logits[name] - bias[splits[name].user_index])),

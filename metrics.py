@@ -6,7 +6,7 @@ Arrays are numpy: N annotations, L labels; F1 is 0 to 1, and in percent in the t
     python metrics.py tables runs/paper [--figures]      of the finished runs below a directory
 
 A finished run is a directory with config.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
-run may hold baselines_test.json, {one of AUDITED: metrics and scores}. Does not predict or read a corpus.
+run may hold baselines_test.json, {one of BASELINES: metrics and scores}. Does not predict or read a corpus.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def resample_f1(counts, resamples=1000, seed=0):
 
 
 def always_all(n_annotations, n_labels):
-    """Every label for every annotation, (N, L) bool."""
-    return np.ones((n_annotations, n_labels), bool)
+    """Scores of 1, every label for every annotation, (N, L)."""
+    return np.ones((n_annotations, n_labels))
 
 
 def user_frequencies(train_labels, train_user_index, test_user_index, n_users, smoothing=10.0):
@@ -302,7 +302,8 @@ def collect(runs_dir):
 
 # ---- Tables: {title: {row: {column: cell}}}, where a cell holds what exists of it, and figures ----
 
-AUDITED = ("clsp", "cls", "user_bias", "user_frequencies", "always_all")  # columns of the auditor's table
+BASELINES = ("user_bias", "user_frequencies", "always_all")
+AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "mean_average_precision", "log_loss", "f1_user_mean")  # its rows
 RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
 FOOTNOTE = """All times 100, but for seconds: mean over seeds [95% interval over texts and seeds, paired for
@@ -420,8 +421,8 @@ def draw_model(gains, learning, users, cells, methods):
         gains.plot(cell.get("interval", [0, 0]), [column] * 2, "k", linewidth=2)
         gains.plot(cell.get("paper", np.nan), column, "kD")
     gains.set(xlabel="gain in F1-macro, 95% interval (diamond: the paper's)")
-    trained = [own for name, own in methods.items() if name not in AUDITED[2:]]
-    runs = [run for own in trained for run in own if run.log.exists()]
+    trained = [run for name, runs in methods.items() if name not in BASELINES for run in runs]
+    runs = [run for run in trained if run.log.exists()]
     for n, run in enumerate(runs):
         for key, style, label in (("loss", "-", f"{run.method}, seed {run.seed}"), ("val_loss", "o", None)):
             try:

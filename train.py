@@ -217,7 +217,7 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     for loss in objective.losses(encoded, rows, prefix):
         (loss * (scale.value / terms)).backward()
         buffer[-2] += loss.detach() / terms
-    own, buffer[-1] = buffer[:-1].sum().item(), float(stop)  # not finite if its loss or a gradient is not
+    own, buffer[-1] = buffer[:-1].sum(), float(stop)  # not finite if its loss or a gradient is not
     if dist.is_initialized():
         dist.all_reduce(buffer)
     gradients = buffer[:-2].div_(scale.value)  # unscale first (fsdp_qlora clipped before) [step.unscale]
@@ -225,7 +225,7 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     mean_loss, norm_value, stop = torch.stack([buffer[-2], norm, buffer[-1]]).tolist()
     finite = math.isfinite(norm_value)
     if not math.isfinite(mean_loss) or not (finite or scale.value > 1):
-        where = [rank for rank, sum_of_all in enumerate(from_all(own)) if not math.isfinite(sum_of_all)]
+        where = [rank for rank, one in enumerate(from_all(own.item())) if not math.isfinite(one)]
         raise FloatingPointError(f"loss {mean_loss}, gradient norm {norm_value}, process {where or '?'}")
     scale.update(finite)
     if finite:
@@ -569,7 +569,7 @@ def parse_args(argv=None):
     add("--merge_duplicates", action="store_true",
         help="keep the annotations of one prompt in one step, where they cost one pass (for cls and lm)")
     add("--gradient_checkpointing", action="store_true",
-        help="less memory, a third more time (default: off; the authors' code has it on)")
+        help="less memory, more time (default: off; the authors' code has it on)")
     args = parser.parse_args(argv)
     if args.method is None:
         parser.error(f"--method is needed: {', '.join(trained)}")

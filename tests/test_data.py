@@ -695,6 +695,12 @@ def test_examples_are_the_users_own_of_train_never_of_the_same_text_and_stable()
     assert len(drawn) > 30 and max(drawn.values()) < 30  # spread over the pool: 270 drawn from about 40 texts
 
 
+def test_a_tokenizer_without_an_end_token_is_refused_for_lm(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "eos_token", None, raising=False)
+    with pytest.raises(ValueError, match="no end token"):
+        data.encode(tokenizer, TASK, METHODS["lm"], some_annotations(), 4096)
+
+
 def test_too_few_examples_are_counted():
     pool = {"u": [("a", ("joy",)), ("b", ("love",))]}
     assert data.choose_examples(pool, "a", "u", 2) == (("b", ("love",)),)

@@ -98,6 +98,18 @@ def test_unseen_users_that_round_to_nobody_are_refused(tiny_dir, tmp_path, capsy
     assert "is nobody; raise it" in capsys.readouterr().err
 
 
+def test_a_device_without_memory_is_a_line_that_says_what_to_lower(tiny_dir, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried much.")
+
+    monkeypatch.setattr(infer, "build", full)
+    words = f"--method q0s --model {tiny_dir}/models/mistral --data_dir {tiny_dir}/goemotions --limit 3"
+    query = [*words.split(), "--out", str(tmp_path / "query")]
+    for main, arguments in ((train.main, command(tiny_dir, tmp_path / "out")), (infer.main, query)):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.endswith("CUDA out of memory. Lower --micro_batch_tokens\n")
+
+
 @pytest.mark.parametrize("where", ["load_splits", "evaluate"])
 def test_ctrl_c_outside_the_training_loop_is_a_line_and_status_130(
         tiny_dir, tmp_path, capsys, monkeypatch, where):

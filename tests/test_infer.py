@@ -373,6 +373,28 @@ def test_nan_logits_are_an_error_and_no_answer(tiny_dir, tmp_path, capsys, monke
     assert "logits are NaN" in capsys.readouterr().err
 
 
+def test_nan_scores_are_an_error_and_no_prediction(finished, tmp_path, capsys, monkeypatch):
+    load = infer.load_trained
+
+    def broken(*args):
+        model = load(*args)
+        model.score.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(infer, "load_trained", broken)
+    run = shutil.copytree(finished["clsp"], tmp_path / "run")
+    assert infer.main(["--run", str(run)]) == 2 and "scores are NaN" in capsys.readouterr().err
+
+
+def test_annotations_short_of_examples_and_shortened_prompts_are_counted_in_the_metrics(tiny_dir, tmp_path):
+    """Of unseen users there is no example in train."""
+    out = tmp_path / "out"
+    assert infer.main(command(tiny_dir, "q2s", "--limit", 40, "--unseen_users", 0.5, "--out", out)) == 0
+    metrics_of = json.loads((out / "metrics_test.json").read_text())
+    assert metrics_of["n_too_few_examples"] == metrics_of["unseen"]["n_annotations"]
+    assert metrics_of["n_shortened"] == 0
+
+
 def test_without_git_the_commit_is_not_known(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     args, _ = infer.parse_args(["--method", "q0s"])

@@ -548,6 +548,13 @@ def test_attention_with_sinks_or_a_cap_stays_that_of_transformers(tmp_path):
     assert lora.load_base(str(tmp_path), "cls", "none").config._attn_implementation != "grouped"
 
 
+def test_a_model_with_alibi_shares_no_prefix(tmp_path):
+    """Its distances would count the padding between the prefix and a shorter prompt."""
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    assert not lora.load_base(str(tmp_path), "lm", "none").shares_prefix
+
+
 def test_a_model_without_a_cache_is_refused(tmp_path):
     config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)

@@ -268,6 +268,7 @@ EMOTIONS = TASKS["goemotions"].label_names
         ("", [], 0),
         ("   \n ,,, ;; ... 🙂", [], 0),
         ("### Response: joy", ["joy"], 0),
+        ("joy, love ### Explanation: foo, anger", ["joy", "love"], 0),  # T5 writes no line ends
         ("joy\n\n### Text:\nlove\n\n### Response: fear", ["joy"], 0),
         ("joy\nCategorize the following text by selecting love, fear", ["joy"], 0),
     ],
