@@ -1,7 +1,7 @@
-"""The README's tables, built from results/*.jsonl and the code: no number stands there without its command.
+"""The tables of both READMEs, built from results/*.jsonl and the code: no number without its command.
 
     python tests/ledger.py add RUNS_DIR --command "make reproduce ..."    appends the numbers of finished runs
-    python tests/ledger.py readme                                         writes the README's blocks anew
+    python tests/ledger.py readme                                         writes the blocks of both anew
 
 A later number of the same title, row and column takes the place of an earlier one. What the paper reports and
 the ledger does not have stands there as "not run".
@@ -124,23 +124,26 @@ def files_block():
         yield f"| `{name}` | {len((ROOT / name).read_text().splitlines())} | {subject} |"
 
 
-def blocks():
-    """{name of a README block: its lines}."""
-    return {
-        "map": method_map.rows(), "files": files_block(), "ledger": ledger_block(),
-        "tiny": ledger_block("Table I. unhealthy (synthetic, tiny)".__eq__),
-        "bench": bench_block(), "reliability": reliability_block(),
-    }
+def tiny_block():
+    return ledger_block("Table I. unhealthy (synthetic, tiny)".__eq__)
 
 
-def filled(readme):
-    """The README's text with every block as it should be."""
-    for name, lines in blocks().items():
-        block = f"<!-- begin {name} -->\n" + "\n".join(lines) + f"\n<!-- end {name} -->"
+PAGES = {  # file -> the blocks that it has
+    "README.md": {"files": files_block, "tiny": tiny_block},
+    "results/README.md": {"map": method_map.rows, "ledger": ledger_block, "bench": bench_block,
+                          "reliability": reliability_block},
+}
+
+
+def filled(page):
+    """(a page's text, the same with every block as it should be)."""
+    before = text = (ROOT / page).read_text()
+    for name, lines in PAGES[page].items():
+        block = f"<!-- begin {name} -->\n" + "\n".join(lines()) + f"\n<!-- end {name} -->"
         pattern = f"<!-- begin {name} -->.*?<!-- end {name} -->"
-        assert re.search(pattern, readme, re.DOTALL), f"README.md has no block {name}"
-        readme = re.sub(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
-    return readme
+        assert re.search(pattern, text, re.DOTALL), f"{page} has no block {name}"
+        text = re.sub(pattern, lambda _, block=block: block, text, flags=re.DOTALL)
+    return before, text
 
 
 def main(argv=None):
@@ -154,8 +157,8 @@ def main(argv=None):
     if args.what == "add":
         add(args.runs_dir, args.command)
     else:
-        readme = ROOT / "README.md"
-        readme.write_text(filled(readme.read_text()))
+        for page in PAGES:
+            (ROOT / page).write_text(filled(page)[1])
 
 
 if __name__ == "__main__":

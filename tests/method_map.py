@@ -1,6 +1,6 @@
 """The tags of the code, such as [lora.3] or [choice.T2]: where each stands, and which tests name it.
 
-    python tests/method_map.py      prints the rows of the README's method map
+    python tests/method_map.py      prints the rows of the method map in results/README.md
 """
 
 import ast
@@ -62,7 +62,7 @@ SECTIONS = {  # tag -> where the paper, or who else, says it; a choice is a row 
 
 
 def rows():
-    """The lines of the README's method map."""
+    """The lines of the method map in results/README.md."""
     code, tests = tags_in_code(), tags_in_tests()
     yield from ("| tag | paper | where | test |", "|---|---|---|---|")
     for tag in sorted(code, key=lambda tag: (tag.startswith("choice"), tag)):

@@ -77,9 +77,9 @@ MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's 
 
 
 def mapped():
-    """{tag: (script, test)} of the README's method map."""
+    """{tag: (script, test)} of the method map."""
     row = re.compile(r"^\| `([a-z0-9]+\.[\w-]+)` \|.*\| `([\w.]+): [\w.]+` \| `(\w+)` \|$", re.MULTILINE)
-    readme = (method_map.ROOT / "README.md").read_text()
+    readme = (method_map.ROOT / "results" / "README.md").read_text()
     return {tag: (script, test) for tag, script, test in row.findall(readme)}
 
 

@@ -13,7 +13,25 @@ RUNNABLE = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", README, re.DOTALL
 
 def test_every_block_is_what_the_code_and_the_results_say():
     """`python tests/ledger.py readme` writes them anew."""
-    assert ledger.filled(README) == README
+    for page in ledger.PAGES:
+        before, after = ledger.filled(page)
+        assert before == after, page
+
+
+def test_every_link_within_the_pages_leads_somewhere():
+    for page in ledger.PAGES:
+        folder = (ledger.ROOT / page).parent
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", (ledger.ROOT / page).read_text()):
+            path, _, anchor = target.partition("#")
+            linked = (folder / path) if path else ledger.ROOT / page
+            assert linked.exists(), (page, target)
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+            anchors = {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}
+            assert not anchor or anchor in anchors, (page, target)
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    assert len(README.splitlines()) <= 220
 
 
 def test_every_number_of_the_ledger_has_its_command_commit_and_device():
