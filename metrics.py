@@ -119,18 +119,70 @@ def log_loss(gold, scores, epsilon=1e-7):
     return float(-np.log(np.where(gold, scores, 1 - scores)).mean())
 
 
-def resample_f1(counts, resamples=1000, seed=0):
-    """F1-macro of each bootstrap resample of the texts: annotations of one text are not independent.
+def count_pairs(gold, scores, index, n_groups):
+    """Per group and label: pairs of one annotation that has the label and one that has not, and how many of
+    them have the higher score where it is, ties half. Shapes: (N, L), (N, L), (N,) -> (n_groups, 2, L).
+    """
+    counts = np.zeros((n_groups, 2, gold.shape[1]))
+    for label in range(gold.shape[1]) if len(gold) else ():
+        order = np.lexsort((scores[:, label], index))
+        chosen, own, groups = gold[order, label], scores[order, label], index[order]
+        starts = np.flatnonzero(np.append(True, (np.diff(groups) != 0) | (np.diff(own) != 0)))
+        groups, tied = groups[starts], np.diff(np.append(starts, len(order)))  # equal scores are one place
+        positive = np.add.reduceat(chosen, starts, dtype=int)
+        below = np.cumsum(tied - positive) - (tied - positive)
+        below -= below[np.searchsorted(groups, groups)]  # of the same group
+        right = np.bincount(groups, positive * (below + (tied - positive) / 2), n_groups)
+        n_positive, n_all = np.bincount(groups, positive, n_groups), np.bincount(groups, tied, n_groups)
+        counts[:, :, label] = np.stack([n_positive * (n_all - n_positive), right], axis=1)
+    return counts
 
-    The draws depend on `seed` and n_texts only, so two calls over the same texts are paired: their `gain` is
-    resampled as one quantity. Shapes: counts (n_texts, 3, L) -> (resamples,).
+
+def count_disagreements(gold, scores, text_index, user_index, n_texts):
+    """`count_pairs` per text of two users each: without the pairs of two annotations by the same user."""
+    n_users = np.max(user_index, initial=0) + 1
+    own, own_index = np.unique(text_index * n_users + user_index, return_inverse=True)
+    counts = count_pairs(gold, scores, text_index, n_texts)
+    if len(own) < len(gold):
+        counts -= sum_by_group(count_pairs(gold, scores, own_index, len(own)), own // n_users, n_texts)
+    return counts
+
+
+def auc_from_counts(counts):
+    """The share of right pairs over all labels, then of each; NaN without pairs: (..., 2, L) -> (..., 1 + L)."""
+    counts = np.concatenate([counts.sum(axis=-1, keepdims=True), counts], axis=-1)
+    with np.errstate(invalid="ignore"):
+        return counts[..., 1, :] / counts[..., 0, :]
+
+
+def disagreement_auc(gold, scores, text_index, user_index=None):
+    """How well the scores tell apart two users who differ on a label of the same text; NaN if there are none.
+
+    Without knowledge of the person it is 0.5, and no threshold can move it. Without user_index each
+    annotation is another user's. Shapes: gold, scores (N, L), indices (N,).
+    """
+    users, n_texts = np.arange(len(gold)) if user_index is None else user_index, np.max(text_index) + 1
+    counts = count_disagreements(gold, scores, text_index, users, n_texts)
+    return float(auc_from_counts(counts.sum(axis=0))[0])  # the person alone, where F1 has more: [choice.E7]
+
+
+def resample(counts, resamples=1000, seed=0):
+    """The counts of each bootstrap resample of the texts: annotations of one text are not independent.
+
+    The draws depend on `seed` and n_texts only, so two calls over the same texts are paired: what is computed
+    of both, as their `gain`, is resampled as one quantity. Shapes: (n_texts, K, L) -> (resamples, K, L).
     """
     counts, n_texts = counts.astype(np.float32), len(counts)  # sums are exact up to 2^24
     generator, samples = np.random.default_rng(seed), []
     for _ in range(resamples):
         times = np.bincount(generator.integers(n_texts, size=n_texts), minlength=n_texts)
-        samples.append(f1_from_counts(np.einsum("t,tcl->cl", times.astype(np.float32), counts)).mean())
+        samples.append(np.einsum("t,tcl->cl", times.astype(np.float32), counts))
     return np.array(samples)
+
+
+def interval(samples):
+    """The middle 95% of the resamples that have the statistic."""
+    return np.nanquantile(samples, (0.025, 0.975)).tolist()
 
 
 def always_all(n_annotations, n_labels):
@@ -189,6 +241,24 @@ def to_arrays(rows, label_names):
                            text_index=text_index, user_ids=user_ids, user_index=user_index)
 
 
+def disagreements(data):
+    """`count_disagreements` of what to_arrays returns; generated labels are in the order of the decision."""
+    scores = data.predicted if data.scores is None else data.scores
+    return count_disagreements(data.gold, scores * 1.0, data.text_index, data.user_index, len(data.text_ids))
+
+
+def describe_disagreement(data, label_names):
+    """disagreement_auc, overall and per label, with 95% intervals over texts; None where users do not differ."""
+    counts = disagreements(data)
+    auc, samples = auc_from_counts(counts.sum(axis=0)), auc_from_counts(resample(counts))
+    values = [None if np.isnan(own) else float(own) for own in auc]
+    intervals = [own if own is None else interval(samples[:, k]) for k, own in enumerate(values)]
+    return {"disagreement_auc": values[0], "disagreement_auc_interval": intervals[0],
+            "disagreement_auc_per_label": dict(zip(label_names, values[1:])),
+            "disagreement_auc_per_label_interval": dict(zip(label_names, intervals[1:])),
+            "n_disagreements": int(counts[:, 0].sum())}
+
+
 def evaluate(rows, label_names, thresholds=None, unseen_users=()):
     """What metrics_SPLIT.json holds, from the rows of predictions_SPLIT.jsonl.
 
@@ -207,6 +277,7 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
         "f1_user_mean": float(per_user.mean()),
         "f1_user_quantiles": {f"{q}%": float(np.percentile(per_user, q)) for q in (5, 25, 50, 75, 95)},
     }
+    result |= describe_disagreement(data, label_names)
     if data.scores is not None:
         result["mean_average_precision"] = mean_average_precision(data.gold, data.scores)
         result["log_loss"] = log_loss(data.gold, data.scores)
@@ -304,43 +375,58 @@ def collect(runs_dir):
 
 BASELINES = ("user_bias", "user_frequencies", "always_all")
 AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
-AUDIT = ("f1_macro", "f1_macro_tuned", "mean_average_precision", "log_loss", "f1_user_mean")  # its rows
+AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precision", "log_loss",
+         "f1_user_mean")  # its rows
 RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
-FOOTNOTE = """All times 100, but for seconds: mean over seeds [95% interval over texts and seeds, paired for
-gains]; gains in percent. A value "differs" if the paper's is not in its interval.
-A gain in log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
+FOOTNOTE = """All times 100, but for seconds and log-loss: mean over seeds [95% interval over texts and seeds, paired
+for gains]; gains in percent, those of disagreement_auc in points. A value "differs" if the paper's is not in its
+interval. A gain in log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
+disagreement_auc: of two users who differ on a label of a text, how often the one who chose it has the higher score.
 """
 
 
+def resampled(data, own, name):
+    """The resamples of a measure, in percent, for the users in `own`, their metrics; None of other measures."""
+    chosen = np.isin(data.user_ids, [*own["f1_per_user"]])[data.user_index]
+    per_row = ("gold", "predicted", "scores", "text_index", "user_index")
+    part = SimpleNamespace(**vars(data) | {key: vars(data)[key][chosen] for key in per_row
+                                           if vars(data)[key] is not None})
+    if name == "disagreement_auc":
+        return 100 * auc_from_counts(resample(disagreements(part)))[:, 0]
+    if name in ("f1_macro", "f1_macro_tuned"):
+        predicted = part.predicted if name == "f1_macro" else part.scores >= np.array(own["thresholds"])
+        counts = count(part.gold, predicted, part.text_index, len(data.text_ids))
+        return 100 * f1_from_counts(resample(counts)).mean(axis=1)
+    return None
+
+
 def measure(runs, part="", name="f1_macro"):
-    """The cell of a measure for all users or a part: mean over runs and, for F1-macro, resamples.
+    """The cell of a measure for all users or a part: mean over runs, and resamples where there are some.
 
     A resample draws texts and, where there are several, seeds, the same ones for every method.
     """
     parts = [run.metrics.get(part, {}) if part else run.metrics for run in runs]
-    if not runs or any(name not in own for own in parts):
+    if not runs or any(own.get(name) is None for own in parts):
         return {}
-    per_seed, samples = [(1 if name == "seconds" else 100) * own[name] for own in parts], []
-    for data, own in ((run.data, own) for run, own in zip(runs, parts) if "f1_macro" in name):
-        predicted = data.predicted if name == "f1_macro" else data.scores >= np.array(own["thresholds"])
-        chosen = np.isin(data.user_ids, [*own["f1_per_user"]])[data.user_index]
-        samples.append(100 * resample_f1(count(
-            data.gold[chosen], predicted[chosen], data.text_index[chosen], len(data.text_ids))))
+    per_seed = [(1 if name in ("seconds", "log_loss") else 100) * own[name] for own in parts]
+    samples = [resampled(run.data, own, name) for run, own in zip(runs, parts)]
     cell = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "seeds": [run.seed for run in runs],
             "n": [own["n_annotations"] for own in parts if "n_annotations" in own],
-            "on": {run.annotations for run in runs}}
-    if samples:
+            "on": {run.annotations for run in runs}} 
+    if name == "disagreement_auc":
+        cell["unit"] = "points"
+    if samples[0] is not None:
         drawn = np.random.default_rng(0).integers(len(runs), size=np.shape(samples))  # seeds: [choice.T11]
         cell["samples"] = np.take_along_axis(np.array(samples), drawn, axis=0).mean(axis=0)
     return cell
 
 
 def compare(cell, base):
-    """The cell of a gain. It is paired, so there is none between runs on different annotations."""
+    """The cell of a gain: paired, so there is none between runs on different annotations."""
     change = {}
     for key in ("value", "samples", "paper"):  # by the paper's scores, not its "up to 165%": [choice.E6]
         if key in cell and np.all(base.get(key, 0)) and (key == "paper" or cell["on"] == base["on"]):
-            change[key] = gain(cell[key], base[key])
+            change[key] = cell[key] - base[key] if "unit" in cell else gain(cell[key], base[key])
     return change
 
 
@@ -355,7 +441,7 @@ def add_gains(rows, pairs):
         for cell in row.values():
             cell.pop("on", None)
             if "samples" in cell:
-                cell["interval"] = np.quantile(cell.pop("samples"), (0.025, 0.975)).tolist()
+                cell["interval"] = interval(cell.pop("samples"))
     return rows
 
 

@@ -1,12 +1,16 @@
 """metrics.py: expected values come from scikit-learn, formulas, brute force or hand arithmetic."""
 
+import itertools
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 from sklearn.metrics import log_loss as sklearn_log_loss
@@ -114,10 +118,14 @@ def interval(samples):
     return np.quantile(samples, (0.025, 0.975))
 
 
+def resample_f1(counts, **arguments):
+    return metrics.f1_from_counts(metrics.resample(counts, **arguments)).mean(axis=1)
+
+
 def test_resampled_f1_equals_a_plain_loop_that_repeats_the_annotations_of_drawn_texts():
     gold, predicted, _ = some_predictions(n=120)
     text_index = np.random.default_rng(3).integers(40, size=120)
-    ours = metrics.resample_f1(metrics.count(gold, predicted, text_index, 40), resamples=7, seed=5)
+    ours = resample_f1(metrics.count(gold, predicted, text_index, 40), resamples=7, seed=5)
     generator, expected = np.random.default_rng(5), []
     for _ in range(7):
         texts = generator.integers(40, size=40)
@@ -134,7 +142,7 @@ def test_the_interval_is_as_wide_as_the_spread_over_fresh_texts():
         predicted = gold ^ (generator.random((150, 2)) < 0.3).repeat(4, axis=0)
         fresh.append(metrics.f1_macro(gold, predicted))
     counts = metrics.count(gold, predicted, np.arange(600) // 4, 150)
-    low, high = interval(metrics.resample_f1(counts))
+    low, high = interval(resample_f1(counts))
     assert low < metrics.f1_macro(gold, predicted) < high
     assert high - low == pytest.approx(2 * 1.96 * np.std(fresh), rel=0.25)
 
@@ -145,9 +153,100 @@ def test_a_paired_gain_is_narrower_than_an_unpaired_one():
     baseline = gold ^ (generator.random((600, 4)) < 0.3)
     better = np.where(generator.random((600, 4)) < 0.1, gold, baseline)
     counts = [metrics.count(gold, way, np.arange(600), 600) for way in (better, baseline)]
-    paired = interval(metrics.gain(*map(metrics.resample_f1, counts)))
-    unpaired = interval(metrics.gain(metrics.resample_f1(counts[0]), metrics.resample_f1(counts[1], seed=1)))
+    paired = interval(metrics.gain(*map(resample_f1, counts)))
+    unpaired = interval(metrics.gain(resample_f1(counts[0]), resample_f1(counts[1], seed=1)))
     assert paired[1] - paired[0] < 0.6 * (unpaired[1] - unpaired[0])
+
+
+# ---- The person alone ----
+
+
+def pairs_by_brute_force(gold, scores, text_index, user_index):
+    """{label: [1, 1/2 or 0 for each pair of users of a text who differ]}."""
+    found = {label: [] for label in range(gold.shape[1])}
+    for i, j in itertools.permutations(range(len(gold)), 2):
+        if text_index[i] == text_index[j] and user_index[i] != user_index[j]:
+            for label in np.flatnonzero(gold[i] & ~gold[j]):
+                above = scores[i, label] - scores[j, label]
+                found[label].append(1.0 if above > 0 else 0.5 if above == 0 else 0.0)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_disagreement_auc_equals_every_pair_compared(n, n_texts, n_users, seed):
+    """[choice.E7]; with ties, users who annotate a text twice, texts of one user, labels nobody differs on."""
+    generator = np.random.default_rng(seed)
+    gold, scores = generator.random((n, 4)) < (0, 0.2, 0.5, 1), generator.random((n, 4)).round(1)
+    texts, users = generator.integers(n_texts, size=n), generator.integers(n_users, size=n)
+    found = pairs_by_brute_force(gold, scores, texts, users)
+    expected = [sum(found.values(), []), *found.values()]
+    counts = metrics.count_disagreements(gold, scores, texts, users, n_texts)
+    assert counts[:, 0].sum(axis=0).tolist() == [*map(len, found.values())]
+    assert metrics.auc_from_counts(counts.sum(axis=0)) == pytest.approx(
+        [np.mean(own) if own else np.nan for own in expected], nan_ok=True)
+    assert metrics.disagreement_auc(gold, scores, texts, users) == pytest.approx(
+        np.mean(expected[0]) if expected[0] else np.nan, nan_ok=True)
+
+
+def test_disagreement_auc_by_hand():
+    """Text 1: users 4 and 37 differ on anger, .1 against .3 (right), and on joy, .9 against .8 (right); text 2: on
+    joy, .4 against .1 (right), on love, .7 against .2 (right); text 3: anger right, love right; then one tie."""
+    rows = scored_rows()
+    rows[4]["scores"][0] = rows[5]["scores"][0] = 0.1
+    result = metrics.evaluate(rows, LABELS)
+    assert result["n_disagreements"] == 6
+    assert result["disagreement_auc"] == pytest.approx(5.5 / 6)
+    assert result["disagreement_auc_per_label"] == {"anger": 0.75, "joy": 1.0, "love": 1.0}
+    low, high = result["disagreement_auc_interval"]
+    assert 0.75 <= low < 5.5 / 6 < high <= 1.0
+
+
+def test_a_model_without_the_person_has_exactly_a_half_and_generated_labels_are_ordered_by_the_decision():
+    rows = scored_rows()
+    for one, other in zip(rows[::2], rows[1::2]):
+        other["scores"] = one["scores"]
+    result = metrics.evaluate(rows, LABELS)
+    assert result["disagreement_auc"] == 0.5 and result["disagreement_auc_interval"] == [0.5, 0.5]
+    generated = [{key: value for key, value in row.items() if key != "scores"} for row in scored_rows()]
+    # decided: joy and joy (tie, tie), love and nothing (tie, right), nothing and love (tie, right)
+    assert metrics.evaluate(generated, LABELS)["disagreement_auc"] == pytest.approx((4 * 0.5 + 2) / 6)
+
+
+def test_without_two_users_who_differ_there_is_no_disagreement_auc():
+    rows = scored_rows()
+    for k, own in enumerate(rows):
+        own["text_id"] = f"t{k}"
+    result = metrics.evaluate(rows, LABELS)
+    assert result["disagreement_auc"] is None and result["n_disagreements"] == 0
+    assert result["disagreement_auc_per_label"] == dict.fromkeys(LABELS)
+    twice = [dict(own, text_id="t", user_id=7) for own in rows]
+    assert metrics.evaluate(twice, LABELS)["disagreement_auc"] is None
+
+
+def test_resampled_disagreement_auc_is_that_of_the_drawn_texts_and_paired_with_f1():
+    gold, _, scores = some_predictions(n=120)
+    generator = np.random.default_rng(3)
+    texts, users = generator.integers(40, size=120), generator.integers(6, size=120)
+    counts = metrics.count_disagreements(gold, scores, texts, users, 40)
+    ours = metrics.auc_from_counts(metrics.resample(counts, resamples=3, seed=5))[:, 0]
+    generator, expected = np.random.default_rng(5), []
+    for _ in range(3):
+        drawn = [np.flatnonzero(texts == text) for text in generator.integers(40, size=40)]
+        again = np.repeat(np.arange(40), [len(own) for own in drawn])  # a text drawn twice is two texts
+        rows = np.concatenate(drawn)
+        expected.append(metrics.disagreement_auc(gold[rows], scores[rows], again, users[rows]))
+    assert ours == pytest.approx(expected, abs=1e-6)
+
+
+def test_disagreement_auc_of_many_annotations_takes_seconds():
+    """200,000 annotations with 28 labels, a thousand of each text: 10^8 pairs. Processor time, bound 20 s."""
+    generator = np.random.default_rng(0)
+    gold, scores = generator.random((200_000, 28)) < 0.1, generator.random((200_000, 28), np.float32)
+    texts, users = generator.integers(200, size=200_000), generator.integers(5000, size=200_000)
+    started = time.process_time()
+    assert metrics.disagreement_auc(gold, scores, texts, users) == pytest.approx(0.5, abs=0.01)
+    assert time.process_time() - started < 20
 
 
 # ---- The paper ----
@@ -368,7 +467,7 @@ def test_seeds_of_one_setting_are_averaged_and_their_range_is_shown(tmp_path):
     for n in (1, 2, 3):
         own = metrics.to_arrays(metrics.read_predictions(tmp_path / f"{n}/predictions_test.jsonl"), LABELS)
         of_texts = metrics.count(own.gold, own.predicted, own.text_index, len(own.text_ids))
-        samples.append(100 * metrics.resample_f1(of_texts, seed=8))
+        samples.append(100 * resample_f1(of_texts, seed=8))
     drawn = [np.mean([samples[chance.integers(3)][k] for _ in range(3)]) for k in range(1000)]
     assert row["cls"]["interval"] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=1)
     assert row["cls"]["interval"][0] < row["cls"]["value"] < row["cls"]["interval"][1]
