@@ -149,7 +149,7 @@ def count_disagreements(gold, scores, text_index, user_index, n_texts):
 
 
 def auc_from_counts(counts):
-    """The share of right pairs over all labels, then of each; NaN without pairs: (..., 2, L) -> (..., 1 + L)."""
+    """The share of right pairs over all labels, then of each; NaN without: (..., 2, L) -> (..., 1 + L)."""
     counts = np.concatenate([counts.sum(axis=-1, keepdims=True), counts], axis=-1)
     with np.errstate(invalid="ignore"):
         return counts[..., 1, :] / counts[..., 0, :]
@@ -248,7 +248,7 @@ def disagreements(data):
 
 
 def describe_disagreement(data, label_names):
-    """disagreement_auc, overall and per label, with 95% intervals over texts; None where users do not differ."""
+    """disagreement_auc, overall and per label, with 95% intervals over texts; None where no users differ."""
     counts = disagreements(data)
     auc, samples = auc_from_counts(counts.sum(axis=0)), auc_from_counts(resample(counts))
     values = [None if np.isnan(own) else float(own) for own in auc]
@@ -378,15 +378,16 @@ AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precision", "log_loss",
          "f1_user_mean")  # its rows
 RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
-FOOTNOTE = """All times 100, but for seconds and log-loss: mean over seeds [95% interval over texts and seeds, paired
-for gains]; gains in percent, those of disagreement_auc in points. A value "differs" if the paper's is not in its
-interval. A gain in log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
-disagreement_auc: of two users who differ on a label of a text, how often the one who chose it has the higher score.
+FOOTNOTE = """\
+All times 100, but for seconds and log-loss: mean over seeds [95% interval over texts and seeds, paired for
+gains]; gains in percent, of disagreement_auc in points: of two users who differ on a label of a text, how often
+the one who chose it has the higher score. A value "differs" if the paper's is not in its interval. A gain in
+log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
 """
 
 
 def resampled(data, own, name):
-    """The resamples of a measure, in percent, for the users in `own`, their metrics; None of other measures."""
+    """The resamples of a measure, in percent, for the users of the metrics `own`; None of other measures."""
     chosen = np.isin(data.user_ids, [*own["f1_per_user"]])[data.user_index]
     per_row = ("gold", "predicted", "scores", "text_index", "user_index")
     part = SimpleNamespace(**vars(data) | {key: vars(data)[key][chosen] for key in per_row
@@ -412,7 +413,7 @@ def measure(runs, part="", name="f1_macro"):
     samples = [resampled(run.data, own, name) for run, own in zip(runs, parts)]
     cell = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "seeds": [run.seed for run in runs],
             "n": [own["n_annotations"] for own in parts if "n_annotations" in own],
-            "on": {run.annotations for run in runs}} 
+            "on": {run.annotations for run in runs}}
     if name == "disagreement_auc":
         cell["unit"] = "points"
     if samples[0] is not None:

@@ -175,7 +175,7 @@ def pairs_by_brute_force(gold, scores, text_index, user_index):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
 def test_disagreement_auc_equals_every_pair_compared(n, n_texts, n_users, seed):
-    """[choice.E7]; with ties, users who annotate a text twice, texts of one user, labels nobody differs on."""
+    """[choice.E7]; with ties, users who annotate a text twice, texts of one user, labels nobody chose."""
     generator = np.random.default_rng(seed)
     gold, scores = generator.random((n, 4)) < (0, 0.2, 0.5, 1), generator.random((n, 4)).round(1)
     texts, users = generator.integers(n_texts, size=n), generator.integers(n_users, size=n)
@@ -190,8 +190,8 @@ def test_disagreement_auc_equals_every_pair_compared(n, n_texts, n_users, seed):
 
 
 def test_disagreement_auc_by_hand():
-    """Text 1: users 4 and 37 differ on anger, .1 against .3 (right), and on joy, .9 against .8 (right); text 2: on
-    joy, .4 against .1 (right), on love, .7 against .2 (right); text 3: anger right, love right; then one tie."""
+    """Text 1: anger .3 against .1 and joy .9 against .8 are right; text 2: joy .4 against .1 and love .7
+    against .2; text 3: anger is a tie, love .6 against .2 is right."""
     rows = scored_rows()
     rows[4]["scores"][0] = rows[5]["scores"][0] = 0.1
     result = metrics.evaluate(rows, LABELS)
