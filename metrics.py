@@ -380,7 +380,7 @@ AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precisi
 RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
 FOOTNOTE = """\
 All times 100, but for seconds and log-loss: mean over seeds [95% interval over texts and seeds, paired for
-gains]; gains in percent, of disagreement_auc in points: of two users who differ on a label of a text, how often
+gains]; gains in percent, of disagreement_auc in points: of two users who differ on a text's label, how often
 the one who chose it has the higher score. A value "differs" if the paper's is not in its interval. A gain in
 log-loss below 0 is an improvement. Between runs on different annotations there is no gain.
 """
