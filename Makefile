@@ -2,10 +2,15 @@
 # make reproduce                 every cell of the paper's tables that this machine can fill; goes on where it stopped
 # make -n reproduce              the plan: one command per cell
 PYTHON ?= python3
-PROFILE ?= $(if $(shell nvidia-smi -L 2>/dev/null),paper,tiny)
+BIN := .venv/bin
+# torch says whether there is a GPU: it needs a driver that is new enough
+HAS_GPU := import torch, sys; sys.exit(not torch.cuda.is_available())
+ifndef PROFILE
+PROFILE := $(if $(filter reproduce reproduced plan cells,$(or $(MAKECMDGOALS),help)),$(shell \
+  $(or $(wildcard $(BIN)/python),$(PYTHON)) -c '$(HAS_GPU)' 2>/dev/null && echo paper || echo tiny),tiny)
+endif
 SEEDS ?= 1
 RUNS := runs/$(PROFILE)
-BIN := .venv/bin
 SCRIPTS := prompts.py metrics.py data.py lora.py infer.py train.py
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -79,7 +84,7 @@ $(RUNS)/$1/$2/$3/$4/metrics_test.json: $(INPUTS_$(PROFILE)) | setup
 	  --dataset $(if $(filter $(OWN),$1),$(CSV),$1) $(call ARGS_$(PROFILE),$1,$2,$3) --seed $4 --out $(RUNS)/$1/$2/$3/$4
 endef
 
-ENV_tiny := OMP_NUM_THREADS=1
+ENV_tiny := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 JOBS_tiny := 2
 INPUTS_tiny := $(TINY)/tiny.json
 # a query draws nothing: it is asked once, whatever the seeds
@@ -93,14 +98,17 @@ $(TINY)/tiny.json: tests/tiny.py prompts.py | setup
 	$(BIN)/python tests/tiny.py $(TINY)
 
 plan: setup
-	@$(BIN)/python tests/plan.py $(PROFILE) --data $(DATA) --model $(MODEL) --limit $(LIMIT) --cells $(TARGETS)
+	@$(ENV_$(PROFILE)) $(BIN)/python tests/plan.py $(PROFILE) --data $(DATA) --model $(MODEL) --limit $(LIMIT) --cells $(TARGETS)
 
 cells: $(TARGETS)
 
 .PRECIOUS: $(TARGETS)  # files are renamed into place whole: an interrupted make need not delete them
 
-reproduce: plan
-	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells
+reproduce: setup  # first: without torch the profile is not known
+	@$(MAKE) --no-print-directory reproduced
+
+reproduced: plan
+	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells PROFILE=$(PROFILE)
 	$(BIN)/python metrics.py tables $(RUNS) --figures
 	@$(BIN)/python tests/plan.py $(PROFILE) --missing
 
@@ -117,4 +125,4 @@ chaos: setup
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help setup test lint plan cells reproduce bench chaos clean
+.PHONY: help setup test lint plan cells reproduce reproduced bench chaos clean

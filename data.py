@@ -657,18 +657,28 @@ def training_steps(encoded, batch_size, seed, epoch, merge_duplicates=False, win
     return [steps[k] for k in generator.permutation(len(steps))] + last
 
 
-def micro_batches(lengths, rows, tokens_per_batch):
-    """Splits `rows` (indices into lengths) into batches of like length.
+def micro_batches(lengths, rows, tokens_per_batch, prefix=0):
+    """Splits `rows` (indices into lengths) into batches of like length, as few as fit and then as even.
 
-    Each has at most tokens_per_batch tokens when it is padded; a row longer than that is a batch of its own.
+    At most tokens_per_batch tokens are computed for one: its padded rows, and once the `prefix` that they
+    share. A row longer than that is a batch of its own.
     """
     rows = rows[np.argsort(lengths[rows], kind="stable")]
-    batches, start = [], 0
-    for k in range(1, len(rows) + 1):
-        if k == len(rows) or (k + 1 - start) * lengths[rows[k]] > tokens_per_batch:
-            batches.append(rows[start:k])
-            start = k
-    return batches
+    own = (lengths[rows] - prefix).tolist()
+
+    def ends(budget):
+        found, start = [], 0
+        for k in range(1, len(own) + 1):
+            if k == len(own) or prefix + (k + 1 - start) * own[k] > budget:
+                found.append(start := k)
+        return found
+
+    low, high = 0, min(tokens_per_batch, prefix + len(own) * max(own, default=0))
+    fewest = len(ends(high))
+    while low < high:  # for the smallest budget that takes no more batches
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(ends(middle)) == fewest else (middle + 1, high)
+    return np.split(rows, ends(high)[:-1]) if len(rows) else []
 
 
 def pad(sequences, value, left=False):

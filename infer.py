@@ -102,9 +102,9 @@ def add_arguments(parser, methods):
         help="at most N annotations of each split, or a number for each of train, val, test (default: all)")
     add("--max_length", type=positive, default=512,
         help="tokens of a prompt; a longer one loses the end of its text (default: %(default)s)")
-    add("--micro_batch_tokens", type=tokens_or_auto, default=4096,
+    add("--micro_batch_tokens", type=tokens_or_auto,
         help="tokens, padding included, that a device trains on at once, a quarter of those that it decodes; "
-        "in training auto: as many as fit into its free memory (default: %(default)s)")
+        "auto: as many as fit into its free memory (default: auto for training on a GPU, else 4096)")
     add("--follow", type=follow_row, nargs="+", default=[], metavar="ROW=SOURCE",
         help=f"do as the paper or the released code does in a row of the audit: {', '.join(FOLLOW)}")
     add("--unseen_users", type=data.share, default=0.0, metavar="SHARE",
@@ -119,9 +119,12 @@ def add_arguments(parser, methods):
 
 def complete(args):
     """Fills in what has no fixed default."""
-    args.dtype = args.dtype or (lora.MODELS[args.model][1] if args.model in lora.MODELS else "bf16")
+    args.dtype = args.dtype or lora.default_dtype(args.model)
     args.out = args.out or Path("runs", Path(args.dataset).stem, Path(args.model).name, args.method)
-    if args.micro_batch_tokens == "auto" and METHODS[args.method].family == "query":
+    query = METHODS[args.method].family == "query"
+    args.micro_batch_tokens = args.micro_batch_tokens or (
+        "auto" if torch.cuda.is_available() and not query else 4096)
+    if args.micro_batch_tokens == "auto" and query:
         raise ValueError("--micro_batch_tokens auto is measured on training steps; give a query a number")
 
 
@@ -294,7 +297,24 @@ def summed(array, device):
 
 
 def to_device(array, device):
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    """The array as a tensor; the way to a GPU is from pinned memory, for which the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
+
+
+def in_parts(compute, batch):
+    """[(batch, compute(batch))], or the same of its halves, in order, where memory is too small for it."""
+    try:
+        return [(batch, compute(batch))]
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # outside of the except: the error holds what was computed
+    half = len(batch) // 2
+    return in_parts(compute, batch[:half]) + in_parts(compute, batch[half:])
 
 
 def shared_prefix(model, encoded):
@@ -315,11 +335,16 @@ def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="
     lengths, prefix = encoded.lengths, shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
     scores = np.zeros((len(lengths), encoded.labels.shape[1]), np.float32)
-    batches = data.micro_batches(lengths, mine, tokens_per_batch)
-    for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
+
+    def compute(batch):
         input_ids = to_device(data.pad([encoded.prompt(m) for m in batch], 0), processes.device)
         logits = model(input_ids, to_device(lengths[batch], processes.device), prefix)
-        scores[batch] = torch.sigmoid(logits).cpu().numpy()
+        return torch.sigmoid(logits).cpu().numpy()
+
+    batches = data.micro_batches(lengths, mine, tokens_per_batch, prefix)
+    for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
+        for part, found in in_parts(compute, batch):
+            scores[part] = found
     scores = summed(scores, processes.device)
     if np.isnan(scores).any():  # on all processes
         raise ValueError("the model's scores are NaN; use --dtype bf16 or fp32")
@@ -390,13 +415,16 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     prefix = shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
     batches, responses, steps = data.micro_batches(lengths + limit, mine, 4 * tokens_per_batch), {}, 0
+
+    def compute(batch):
+        return decode(model, [encoded.prompt(m) for m in batch], prefix, processes.device, limit,
+                      tokenizer.eos_token_id, sequences)
+
     for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
-        prompts = [encoded.prompt(m) for m in batch]
-        written, batch_steps = decode(model, prompts, prefix, processes.device, limit, tokenizer.eos_token_id,
-                                      sequences)
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        responses.update(zip(batch.tolist(), texts, strict=True))
-        steps += batch_steps
+        for part, (written, batch_steps) in in_parts(compute, batch):
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            responses.update(zip(part.tolist(), texts, strict=True))
+            steps += batch_steps
     responses = {m: text for part in from_all(responses) for m, text in part.items()}
     return [responses[m] for m in range(len(lengths))], sum(from_all(steps))
 

@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C, billion 
     "flan-t5": ("google/flan-t5-xl", "bf16", 2.8),
 }
 SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a machine without a GPU can train
+DRIVER = Path("/proc/driver/nvidia/version")
 malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", id)  # glibc keeps what is freed; elsewhere a no-op
 NOT_IN_MODULES = (  # tensors of older checkpoints that are computed, or stored once more
     "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "encoder.embed_tokens.weight",
@@ -137,9 +139,9 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scaling = lora_alpha / r
         self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        drawn = nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5))  # on the CPU:
+        self.lora_A = nn.Parameter(drawn.to(device))  # the same on unlike devices
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # B A = 0 at the start
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
@@ -232,6 +234,12 @@ def decoder_states(backbone, input_ids, prefix=0):
     return backbone(input_ids=input_ids[:, prefix:], past_key_values=cache, use_cache=True).last_hidden_state
 
 
+def move(layer, device):
+    """Takes a layer's parameters to the device: all are drawn on the CPU, the same for unlike devices."""
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter.detach().to(device)))
+
+
 class LastTokenClassifier(nn.Module):
     """logits = W h at the last real token of the prompt: a new linear layer on a decoder.
 
@@ -246,8 +254,9 @@ class LastTokenClassifier(nn.Module):
         self.config, self.base_model_prefix = config, backbone.base_model_prefix
         self.fingerprint, self.shares_prefix = backbone.fingerprint, backbone.shares_prefix
         setattr(self, self.base_model_prefix, backbone)
-        self.score = nn.Linear(config.hidden_size, n_labels, bias=False, device=device)
+        self.score = nn.Linear(config.hidden_size, n_labels, bias=False)
         nn.init.normal_(self.score.weight, std=config.initializer_range)
+        move(self.score, device)
 
     def forward(self, input_ids, lengths, prefix=0):
         states = decoder_states(getattr(self, self.base_model_prefix), input_ids, prefix)
@@ -268,11 +277,12 @@ class T5Classifier(nn.Module):
         super().__init__()
         self.config, self.transformer, self.fingerprint = config, backbone, backbone.fingerprint
         self.classification_head = nn.ModuleDict({
-            "dense": nn.Linear(config.d_model, config.d_model, device=device),
-            "out_proj": nn.Linear(config.d_model, n_labels, device=device)})
+            "dense": nn.Linear(config.d_model, config.d_model),
+            "out_proj": nn.Linear(config.d_model, n_labels)})
         for layer in self.classification_head.values():
             nn.init.normal_(layer.weight, std=config.d_model**-0.5)
             nn.init.zeros_(layer.bias)
+            move(layer, device)
 
     def forward(self, input_ids, lengths, prefix=0):
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
@@ -448,6 +458,7 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
 def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float32, device="cpu",
                 revision=None):
     """Returns the model of a method's family: base and, for `cls`, its new head."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products in fp32
     base = load_base(model_name, family, quantize, dtype, device, revision)
     if family != "cls":
         return base
@@ -471,12 +482,37 @@ def check_dtype(t5, dtype):
         raise ValueError("T5 overflows in fp16; use --dtype bf16 or fp32")  # [choice.T5]
 
 
+def default_dtype(model):
+    """The paper's dtype for its models, else bf16, where this machine has units for bf16.
+
+    Without them a GPU computes in fp16, but for T5, and a CPU in fp32: bf16 would take 4 times as long there.
+    """
+    dtype = MODELS.get(str(model), ("", "bf16"))[1]
+    if torch.cuda.is_available():
+        return dtype if dtype == "fp16" or torch.cuda.get_device_capability()[0] >= 8 else (
+            "fp32" if "t5" in Path(model).name.lower() else "fp16")
+    units = torch.cpu.get_capabilities()
+    has_bf16 = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+    return dtype if dtype == "fp16" or has_bf16 else "fp32"
+
+
+def idle_gpu():
+    """Why torch does not use the NVIDIA GPU of this machine; empty if it does, or if there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not DRIVER.exists():
+        return ""
+    version = re.search(r"Module\D*([\d.]+)", DRIVER.read_text())
+    needs = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    return (f"torch {torch.__version__} {needs} and does not find this machine's GPU (NVIDIA driver "
+            f"{version[1] if version else '?'}): update the driver, or install a torch for it (pytorch.org)")
+
+
 def check_by_name(name, dtype, device):
     """Raises ValueError, before anything is downloaded, for a model that this machine is no match for."""
     check_dtype(name == "flan-t5", DTYPES.get(dtype))
     if name in MODELS and torch.device(device).type == "cpu":
-        raise ValueError(f"--model {name} has {MODELS[name][2]} billion parameters and this machine "
-                         f"has no GPU: use one, or a smaller model, such as --model {SMALL_MODEL}")
+        raise ValueError(f"--model {name} has {MODELS[name][2]} billion parameters and this machine has no "
+                         f"GPU: {idle_gpu() or 'use one'}, or a smaller model, such as --model {SMALL_MODEL}")
 
 
 def check_fits(model, name, quantize, dtype, device):
@@ -625,7 +661,7 @@ def main(argv=None):
     parser.add_argument("--n_labels", type=int, default=28, help="(default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    dtype = args.dtype or MODELS.get(args.model, (0, "bf16"))[1]
+    dtype = args.dtype or default_dtype(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         check_by_name(args.model, dtype, device)

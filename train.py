@@ -38,7 +38,7 @@ from infer import ALONE, Processes, claim_out, from_all, summed, to_device
 from prompts import METHODS
 
 TIMEOUT = datetime.timedelta(minutes=30)  # a process waits for a dead one no longer than this
-LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting")  # gloo's RuntimeErrors
+LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL")  # RuntimeErrors
 
 # ---- Processes ----
 
@@ -49,10 +49,16 @@ def start_processes():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node is more than this machine's {torch.cuda.device_count()} GPUs")
+        if device.index >= (n := torch.cuda.device_count()):
+            raise ValueError(f"--nproc_per_node is more than this machine's GPUs ({n}): use --nproc_per_node "
+                             "gpu, or set CUDA_VISIBLE_DEVICES= for processes on the CPU")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # batches of all lengths would leave holes
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
+    elif not rank and (why := lora.idle_gpu()):
+        print(why, file=sys.stderr)
     if world_size > 1:
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost process is an exception, not an abort
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return Processes(rank, world_size, device)
 
@@ -110,7 +116,7 @@ def lm_loss(model, encoded, prompts, responses, weights, targets, prefix, device
     else:
         inputs = targets_of = [np.concatenate(pair) for pair in zip(prompt_ids, response_ids, strict=True)]
         starts = [1 if all_positions else len(ids) for ids in prompt_ids]  # [choice.T1]
-        prefix = 0 if all_positions else min(prefix, min(starts) - 1)
+        prefix = min(prefix, min(starts) - 1)
     counts = np.array([len(ids) - start for ids, start in zip(targets_of, starts, strict=True)])
     rows, pairs = np.repeat(np.arange(len(counts)), counts), list(zip(targets_of, starts, strict=True))
     columns = np.concatenate([np.arange(start, len(ids)) for ids, start in pairs])
@@ -133,11 +139,11 @@ class Objective:
     def losses(self, encoded, rows, prefix):
         """Yields the loss of each micro-batch of this process, a sum over terms."""
         prompts, responses, weights, targets = merge_items(encoded, rows)
-        lengths = encoded.lengths[prompts]
+        lengths, prefix = encoded.lengths[prompts], 0 if self.all_positions else prefix
         if responses is not None and self.decoder:
             lengths = lengths + np.diff(encoded.response_offsets)[responses]
         mine = np.argsort(lengths, kind="stable")[self.processes.rank:: self.processes.world_size]
-        for batch in data.micro_batches(lengths, mine, self.tokens_per_batch):
+        for batch in data.micro_batches(lengths, mine, self.tokens_per_batch, prefix):
             items = (self.model, encoded, prompts[batch], None if responses is None else responses[batch],
                      weights[batch], targets[batch], prefix, self.processes.device)
             yield cls_loss(*items) if self.family == "cls" else lm_loss(*items, self.all_positions)
@@ -156,8 +162,33 @@ class Objective:
         """The loss over a whole split, the same on every process."""
         self.model.eval()
         rows = np.arange(len(encoded.prompt_index))
-        total = np.array([sum((loss.item() for loss in self.losses(encoded, rows, prefix)), 0.0)])
-        return float(summed(total, self.processes.device)[0] / self.terms(encoded, rows))
+
+        def own():
+            losses = (loss.double() for loss in self.losses(encoded, rows, prefix))
+            return np.array([float(sum(losses, torch.zeros((), device=self.processes.device)))])
+
+        total = summed(self.fitting(own, encoded, rows), self.processes.device)
+        return float(total[0] / self.terms(encoded, rows))
+
+    def fitting(self, work, encoded, rows):
+        """work(), where memory runs out again from its start, in micro-batches of half the size.
+
+        No process waits for another within, so each does this alone. Raises: torch.OutOfMemoryError, if a
+        micro-batch cannot get smaller.
+        """
+        random = rng_of(self.processes.device)
+        state, lengths = random.get_rng_state(), encoded.lengths[encoded.prompt_index[rows]]
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                self.tokens_per_batch = min(self.tokens_per_batch, int(lengths.sum())) // 2
+                if self.tokens_per_batch < lengths.max():
+                    raise
+            torch.cuda.empty_cache()  # not in the except: the error holds what was computed
+            random.set_rng_state(state)
+            print(f"out of memory on process {self.processes.rank}: --micro_batch_tokens "
+                  f"{self.tokens_per_batch} from here on", file=sys.stderr)
 
 
 # ---- One optimizer step ----
@@ -183,6 +214,11 @@ class LossScale:
             self.value /= 2
         elif self.enabled and self.good_steps == 2000:
             self.value, self.good_steps = self.value * 2, 0
+
+
+def rng_of(device):
+    """Where get_rng_state and set_rng_state of a device are."""
+    return torch.cuda if device.type == "cuda" else torch.random
 
 
 def flat_gradients(parameters, extra=2):
@@ -212,11 +248,15 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     are not at a scale of 1.
     """
     objective.model.train()
-    buffer.zero_()
     terms = objective.terms(encoded, rows)
-    for loss in objective.losses(encoded, rows, prefix):
-        (loss * (scale.value / terms)).backward()
-        buffer[-2] += loss.detach() / terms
+
+    def sum_gradients():
+        buffer.zero_()
+        for loss in objective.losses(encoded, rows, prefix):
+            (loss * (scale.value / terms)).backward()
+            buffer[-2] += loss.detach() / terms
+
+    objective.fitting(sum_gradients, encoded, rows)
     own, buffer[-1] = buffer[:-1].sum(), float(stop)  # not finite if its loss or a gradient is not
     if dist.is_initialized():
         dist.all_reduce(buffer)
@@ -275,7 +315,8 @@ def free_memory_gb(device):
 def fit_micro_batch(objective, encoded, batch_size):
     """Returns (the tokens of a micro-batch that takes 80% of the free memory, the GB that are free).
 
-    Micro-batches of one and of five of the longest prompts are run: memory is linear in their number.
+    Micro-batches of one and of five of the longest prompts are run, or of fewer if five do not fit: memory is
+    linear in their number. Raises: torch.OutOfMemoryError if one does not fit.
     """
     world_size, device = objective.processes.world_size, objective.processes.device
     prefix = infer.shared_prefix(objective.model, encoded)
@@ -287,13 +328,22 @@ def fit_micro_batch(objective, encoded, batch_size):
         def work():
             for loss in objective.losses(encoded, longest[: n * world_size], prefix):
                 loss.backward()
-        return max(from_all(growth_gb(work, device)))
+        try:
+            grown = growth_gb(work, device)
+        except torch.OutOfMemoryError:
+            grown = math.inf
+        torch.cuda.empty_cache()
+        return max(from_all(grown))
 
     growth(1)  # warms up
-    one, five = growth(1), growth(5)
+    one, many, length = growth(1), 5, int(encoded.lengths.max())
+    while (most := growth(many)) == math.inf and many > 2:
+        many -= 1
     free = min(from_all(free_memory_gb(device)))
-    n = 1 + int((0.8 * free - one) / max((five - one) / 4, 1e-6))
-    return int(encoded.lengths.max()) * min(max(n, 1), batch_size), free
+    if one == math.inf:
+        raise torch.OutOfMemoryError(f"a prompt of {length} tokens does not fit into {free:.1f} GB.")
+    n = 1 + int((0.8 * free - one) / max((most - one) / (many - 1), 1e-6))  # evaluation takes less
+    return prefix + (length - prefix) * min(max(n, 1), batch_size), free
 
 
 # ---- Checkpoints ----
@@ -306,8 +356,7 @@ def save_checkpoint(directory, parameters, optimizer, state):
         tensors[f"parameter.{k}"] = parameter.detach()
         for name, value in optimizer.state[parameter].items():
             tensors[f"{name}.{k}"] = value
-    rng = torch.get_rng_state() if parameters[0].device.type == "cpu" else torch.cuda.get_rng_state()
-    states = from_all(rng)
+    states = from_all(rng_of(parameters[0].device).get_rng_state())
     if dist.is_initialized() and dist.get_rank():
         return
     tensors |= {f"rng.{rank}": one for rank, one in enumerate(states)}
@@ -343,10 +392,10 @@ def load_checkpoint(directory, parameters, optimizer, processes):
                              f"use --nproc_per_node {state['world_size']}, or another --out")
         for k, parameter in enumerate(parameters):
             parameter.data.copy_(tensors[f"parameter.{k}"])
-            optimizer.state[parameter] = {name: tensors[f"{name}.{k}"].to(parameter.device)
-                                          for name in ("step", "exp_avg", "exp_avg_sq")}
-        rng = tensors[f"rng.{processes.rank}"]
-        torch.set_rng_state(rng) if parameters[0].device.type == "cpu" else torch.cuda.set_rng_state(rng)
+            optimizer.state[parameter] = {  # none, if every step so far was skipped
+                name: tensors[f"{name}.{k}"].to(parameter.device)
+                for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in tensors}
+        rng_of(parameters[0].device).set_rng_state(tensors[f"rng.{processes.rank}"])
         return state
     if files:
         raise ValueError(f"no checkpoint in {directory} is whole; remove the directory to start again")
@@ -489,13 +538,13 @@ class Log:
         self.start()
 
 
-def print_arithmetic(args, encoded, counts, processes):
+def print_arithmetic(args, encoded, counts, processes, prefix):
     """Says once what a step is made of."""
     mean_length = encoded.lengths[encoded.prompt_index].mean()
     share = math.ceil(args.batch_size / processes.world_size)
-    micro = min(share, max(1, int(args.micro_batch_tokens / mean_length)))
+    batches = math.ceil(share / max(1, (args.micro_batch_tokens - prefix) // (mean_length - prefix)))
     print("{:,} parameters in the base, {:,} of them in NF4; {:,} train".format(*counts))
-    print(f"about {micro} x {math.ceil(share / micro)} accumulation x {processes.world_size} processes = "
+    print(f"about {math.ceil(share / batches)} x {batches} accumulation x {processes.world_size} processes = "
           f"{args.batch_size} annotations per step; {len(encoded.prompt_index):,} annotations of "
           f"{mean_length:.0f} tokens an epoch; {args.dtype} on {processes.device}")
 
@@ -529,7 +578,8 @@ def run(args, processes):
     objective.tokens_per_batch = args.micro_batch_tokens
     if first:
         counts = lora.count_parameters(model)
-        print_arithmetic(args, encoded["train"], counts, processes)
+        print_arithmetic(args, encoded["train"], counts, processes,
+                         infer.shared_prefix(model, encoded["train"]))
         if not old:
             infer.write_json(args.out / "config.json", infer.describe_run(args, report, model) | {
                 "world_size": processes.world_size,
@@ -577,35 +627,41 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args, processes = parse_args(argv), ALONE
+    args, processes, together, code = parse_args(argv), ALONE, False, 1
     try:
         processes = start_processes()
         run(args, processes)
+        together, code = True, 0
     except (ValueError, OSError) as error:
         print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {error}", file=sys.stderr)
-        return 2
+        code = 2
     except torch.OutOfMemoryError as error:
-        print(f"error on process {processes.rank}: {str(error).splitlines()[0]} Lower --micro_batch_tokens",
-              file=sys.stderr)
-        return 2
+        print(f"error on process {processes.rank}: {str(error).splitlines()[0]} "
+              "Lower --micro_batch_tokens or use --gradient_checkpointing", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        code = 130
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(words in str(error) for words in LOST):
             raise
         print(f"error on process {processes.rank}: another process of this run ended or cannot be reached "
               f"({str(error).splitlines()[0]}): the same command goes on from the last checkpoint",
               file=sys.stderr)
-        return 1
     except Stopped as stopped:
         if not processes.rank:
             print(stopped.args[0], file=sys.stderr)
-        return 128 + stopped.args[1]
+        together, code = True, 128 + stopped.args[1]
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        if dist.is_initialized() and not together:  # to destroy the group would be to wait for the others
+            if sys.exc_info()[0]:
+                sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import lora  # noqa: E402
+
 SIZES = {  # model -> weights of the linear layers in 1e9, from the models' configs
     "mistral": 6.98,
     "phi-2": 2.52,
@@ -33,6 +36,18 @@ USD_PER_REQUEST = {
     "gpt-3.5-turbo": (200 * 0.5 + 10 * 1.5) / 1e6,
     "gpt-4": (200 * 30 + 10 * 60) / 1e6,
 }  # 2026-11
+
+
+def plan_of(profile, todo, limit):
+    """The line of the cost: hours only on a machine that can run the cells."""
+    flop, usd = map(sum, zip((0, 0), *(cost_of(target, limit) for target in todo), strict=True))
+    if profile == "paper" and not torch.cuda.is_available():
+        return f"cost: {flop:.1e} FLOP on CUDA GPUs, which are not here; {usd:.0f} US dollars for the API"
+    rate = measured_flops()
+    return (
+        f"cost, estimated: {flop:.1e} FLOP, {flop / rate / 0.4 / 3600:.1f} hours at 40% of "
+        f"{rate / 1e12:.2f} TFLOP/s; {usd:.0f} US dollars for the API"
+    )
 
 
 def measured_flops():
@@ -67,7 +82,7 @@ def cost_of(target, limit):
 def missing(profile, data, model):
     """Yields a line for each thing that the profile wants and this machine lacks."""
     if profile == "paper" and not torch.cuda.is_available():
-        yield "a CUDA GPU; without one the four models are refused"
+        yield f"a CUDA GPU; without one the four models are refused. {lora.idle_gpu()}".strip()
     if profile == "paper" and not os.environ.get("OPENAI_API_KEY"):
         yield 'OPENAI_API_KEY; the GPT rows stay "not run"'
     if profile == "small" and not Path(model).is_dir():
@@ -99,13 +114,7 @@ def main(argv=None):
     if args.profile == "tiny":
         print("cost: up to 10 minutes on 2 cores; nothing is missing or downloaded; synthetic numbers")
     else:
-        limit = args.limit if args.profile == "small" else ()
-        flop, usd = map(sum, zip((0, 0), *(cost_of(target, limit) for target in todo), strict=True))
-        rate = measured_flops()
-        print(
-            f"cost, estimated: {flop:.1e} FLOP, {flop / rate / 0.4 / 3600:.1f} hours at 40% of "
-            f"{rate / 1e12:.2f} TFLOP/s; {usd:.0f} US dollars for the API"
-        )
+        print(plan_of(args.profile, todo, args.limit if args.profile == "small" else ()))
         print(f"disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free; the paper's models take about 40 GB")
     for line in missing(args.profile, args.data, args.model):
         print(f"missing: {line}")

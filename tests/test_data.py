@@ -896,9 +896,23 @@ def test_micro_batches_hold_each_row_once_within_the_budget(budget):
     assert sorted(np.concatenate(batches)) == sorted(rows)
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
-    for batch, following in itertools.pairwise(batches):
-        assert (len(batch) + 1) * lengths[following[0]] > budget  # no batch could have taken one more
+    greedy, size = 1, 0  # batches that are filled one after the other are as few as can be
+    for length in np.sort(lengths[rows]):
+        greedy, size = (greedy + 1, 1) if size and (size + 1) * length > budget else (greedy, size + 1)
+    assert len(batches) == greedy
     assert data.micro_batches(lengths, rows[:0], budget) == []
+
+
+def test_micro_batches_are_even_and_count_the_shared_prefix_once():
+    """32 prompts of 185 tokens: 16 + 16 and not 22 + 10; 50 shared tokens leave room for more rows."""
+    lengths, rows = np.full(128, 185), np.arange(32)
+    assert [len(batch) for batch in data.micro_batches(lengths, rows, 4096)] == [16, 16]
+    assert [len(batch) for batch in data.micro_batches(lengths, rows, 50 + 29 * 135, 50)] == [16, 16]
+    assert [len(batch) for batch in data.micro_batches(lengths, rows, 50 + 32 * 135, 50)] == [32]
+    assert [len(batch) for batch in data.micro_batches(lengths, rows, 50 + 32 * 135 - 1, 50)] == [16, 16]
+    mixed = np.concatenate([np.full(30, 20), np.full(10, 60)])
+    costs = [len(batch) * mixed[batch].max() for batch in data.micro_batches(mixed, np.arange(40), 800)]
+    assert len(costs) == 2 and max(costs) == 600 == sum(costs) / 2
 
 
 def test_padding_is_on_the_right_or_on_the_left():

@@ -88,6 +88,25 @@ def test_constrained_responses_are_distinct_labels_in_sorted_order(prompts, arch
         assert steps < written + 1, (steps, responses)
 
 
+def test_predictions_go_on_in_halves_where_memory_runs_out(prompts, monkeypatch):
+    model, tokenizer, encoded = prompts("mistral")
+    arguments = (model, tokenizer, encoded, TASKS["goemotions"].label_names, 4096)
+    expected, _ = infer.generate(*arguments)
+    decode, most, rows_of = infer.decode, 2, []
+
+    def limited(model, prompts, *more):
+        rows_of.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(model, prompts, *more)
+
+    monkeypatch.setattr(infer, "decode", limited)
+    assert infer.generate(*arguments)[0] == expected and rows_of == [7, 3, 1, 2, 4, 2, 2]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        infer.generate(*arguments)
+
+
 def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir):
     """Brute force over a label that begins as another one does; token sequences of all subsets."""
     tokenizer = lora.load_tokenizer(f"{tiny_dir}/models/mistral")

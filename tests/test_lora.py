@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -852,6 +853,79 @@ def test_the_papers_models_and_dtypes():
         lora.check_dtype(True, torch.float16)
     for t5, dtype in ((True, torch.bfloat16), (True, torch.float32), (False, torch.float16)):
         lora.check_dtype(t5, dtype)
+
+
+@pytest.mark.parametrize("units, capability, expected", [
+    ("avx2", None, ["fp16", "fp32", "fp16", "fp32", "fp32", "fp32"]),
+    ("avx512_bf16", None, ["fp16", "bf16", "fp16", "bf16", "bf16", "bf16"]),
+    ("bf16", None, ["fp16", "bf16", "fp16", "bf16", "bf16", "bf16"]),
+    ("avx2", (9, 0), ["fp16", "bf16", "fp16", "bf16", "bf16", "bf16"]),
+    ("amx_bf16", (7, 5), ["fp16", "fp16", "fp16", "fp32", "fp16", "fp32"])])
+def test_the_default_dtype_is_the_papers_where_the_machine_has_units_for_it(
+        monkeypatch, units, capability, expected):
+    """A CPU without them takes 4 times as long in bf16; a T4 emulates it; T5 overflows in fp16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {units: True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    models = [*lora.MODELS, "org/another", "google/flan-t5-base"]
+    assert [lora.default_dtype(model) for model in models] == expected
+
+
+@pytest.mark.parametrize("change, words", [
+    ({}, "torch .* is built for CUDA 13.0 and does not find this machine's GPU .NVIDIA driver 535.183.01.:"),
+    ({"cuda": None}, "is built without CUDA"), ({"hidden": ""}, None), ({"available": True}, None),
+    ({"driver": None}, None)])
+def test_a_gpu_that_torch_cannot_use_is_named_with_its_driver(tmp_path, monkeypatch, change, words):
+    """The wheel of torch 2.13 is built for CUDA 13.0: with an older driver it finds no GPU."""
+    have = {"cuda": "13.0", "hidden": "0", "available": False} | change
+    driver = tmp_path / "version"
+    if "driver" not in change:
+        driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
+    monkeypatch.setattr(lora, "DRIVER", driver)
+    monkeypatch.setattr(torch.version, "cuda", have["cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: have["available"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", have["hidden"])
+    assert bool(words) == bool(lora.idle_gpu()) and re.search(words or "", lora.idle_gpu())
+    if words:
+        with pytest.raises(ValueError, match=words):
+            lora.check_by_name("mistral", "fp16", "cpu")
+
+
+def test_lora_and_heads_are_drawn_on_the_cpu_whatever_the_device(checkpoint_of):
+    """Processes on unlike devices start from the same weights: the generator of the CPU moves alike."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint_of("t5"))
+    states = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        backbone = torch.nn.Linear(64, 2)
+        lora.LoRALinear(backbone, 4, 8, lora.SharedDropout(0.3, backbone), device)
+        backbone.fingerprint, backbone.base_model_prefix, backbone.shares_prefix = "", "model", True
+        heads = [lora.T5Classifier(backbone, config, 3, device),
+                 lora.LastTokenClassifier(backbone, transformers.LlamaConfig(**SIZES), 3, device)]
+        assert {p.device.type for head in heads for name, p in head.named_parameters()
+                if head.last_layer[0] in name} == {device}
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("name", ["mistral", "neox"])
+def test_activations_near_the_limit_of_fp16_give_the_logits_of_fp32(checkpoint_of, name):
+    """[choice.T5] The residual stream is in fp16, up to 65,504; norms, softmax and heads compute in fp32.
+
+    Tolerance 1% of the largest logit. Beyond the limit the logits are not finite, which stops a run.
+    """
+    ids, lengths = some_rows()
+    logits = []
+    for dtype, scale in ((torch.float32, 1), (torch.float16, 1), (torch.float16, 2)):
+        model = lora.build_model(checkpoint_of(name), "cls", N_LABELS, "none", dtype)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.linspace(-1, 1, model.score.weight.numel()).view(N_LABELS, -1))
+            embedding = model.get_submodule(model.base_model_prefix).get_input_embeddings().weight
+            embedding.copy_(embedding.float() * (scale * 6e4 / embedding[ids].abs().max().item()))
+            logits.append(model(ids, lengths))
+    assert_close(logits[1], logits[0], 0.01 * logits[0].abs().max())
+    assert not logits[2].isfinite().all()
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
 def test_the_command_prints_modules_what_is_quantized_and_what_trains(checkpoint_of, capsys):

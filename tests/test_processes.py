@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import command
 
 import data
@@ -100,6 +101,43 @@ def test_processes_with_other_data_seed_or_code_refuse_to_start(tiny_dir, tmp_pa
     for code, said in two_processes(tiny_dir, tmp_path, spoil):
         assert code == 2 and "processes [1] hold other data, arguments or code than process 0" in said
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (OSError("the disk is full"), 2, "error on process 1: the disk is full"),
+    (AssertionError("our mistake"), 1, "AssertionError: our mistake"),
+    (torch.OutOfMemoryError("CUDA out of memory."), 2, "or use --gradient_checkpointing")])
+def test_an_error_of_one_process_ends_it_at_once_and_the_other_with_a_line(
+        tiny_dir, tmp_path, error, code, words):
+    """To destroy a group of NCCL flushes and waits for the others, up to its time-out (pytorch#141510)."""
+    def fail(objective):
+        objective.losses = lambda *args: (_ for _ in ()).throw(error)
+
+    def spoil(rank, arguments):
+        train.dist.destroy_process_group = lambda: time.sleep(10**6)
+        train.train_step = at_step(2, fail) if rank else train.train_step
+
+    (left, left_said), (failed, said) = two_processes(tiny_dir, tmp_path, spoil, limit_s=60)
+    assert (failed, left) == (code, 1) and words in said
+    assert "error on process 0: another process of this run ended or cannot be reached (" in left_said
+
+
+def test_a_process_that_runs_out_of_memory_repeats_its_share_while_the_other_waits(tiny_dir, tmp_path):
+    def spoil(rank, arguments):
+        def fail_once(objective):
+            losses = objective.losses
+
+            def first(*args):
+                objective.losses = losses
+                yield next(losses(*args))
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+            objective.losses = first
+
+        train.train_step = at_step(2, fail_once) if rank else train.train_step
+
+    (one, _), (other, said) = two_processes(tiny_dir, tmp_path, spoil)
+    assert one == other == 0 and "out of memory on process 1: --micro_batch_tokens" in said
 
 
 def test_the_process_that_is_left_ends_with_a_reason_when_the_other_dies(tiny_dir, tmp_path):

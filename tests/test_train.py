@@ -391,7 +391,74 @@ def test_auto_micro_batches_fill_80_percent_of_the_free_memory(prepared, monkeyp
     monkeypatch.setattr(train, "free_memory_gb", lambda device: free)
     tokens, found = train.fit_micro_batch(objective, encoded, 16)
     assert prompts_of == [1, 1, 5] and found == free
-    assert tokens == prompts * encoded.lengths.max()
+    prefix = data.shared_prefix(encoded)  # is computed once
+    assert 0 < prefix and tokens == prefix + prompts * (encoded.lengths.max() - prefix)
+
+
+def out_of_memory_above(network, monkeypatch, most_rows):
+    """The model runs out of memory in the middle of a forward pass of more rows; returns the rows of each."""
+    forward, rows_of = network.forward, []
+
+    def limited(input_ids, *more):
+        rows_of.append(len(input_ids))
+        logits = forward(input_ids, *more)
+        if len(input_ids) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return logits
+
+    monkeypatch.setattr(network, "forward", limited)
+    return rows_of
+
+
+@pytest.mark.parametrize("most, expected", [(4, 4), (2, 3), (1, 1)])
+def test_the_probe_of_auto_micro_batches_survives_an_out_of_memory(prepared, monkeypatch, most, expected):
+    """0.5 GB a prompt and 1.75 GB of room for them: as many as five prompts would have told, or one."""
+    _, network, encoded = prepared("mistral", "clsp")
+    rows_of = out_of_memory_above(network, monkeypatch, most)
+    monkeypatch.setattr(train, "growth_gb", lambda work, device: (work(), 0.5 * rows_of[-1])[1])
+    monkeypatch.setattr(train, "free_memory_gb", lambda device: {4: 2.5, 2: 2.0, 1: 9.0}[most])
+    tokens, _ = train.fit_micro_batch(train.Objective(network, "cls", 10**9), encoded, 16)
+    prefix = data.shared_prefix(encoded)
+    assert tokens == prefix + expected * (encoded.lengths.max() - prefix)
+    assert max(rows_of) == 5 and rows_of.count(1) >= 2
+    out_of_memory_above(network, monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="does not fit into"):
+        train.fit_micro_batch(train.Objective(network, "cls", 10**9), encoded, 16)
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_smaller_micro_batches(
+        prepared, monkeypatch, capsys):
+    """Gradients and random numbers are those of a step that began with the smaller size. Dropout is on."""
+    _, network, encoded = prepared("mistral", "clsp")
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for module in network.modules():
+        if isinstance(module, lora.SharedDropout):
+            monkeypatch.setattr(module, "p", 0.3)
+
+    def step(tokens):
+        torch.manual_seed(5)
+        objective, buffer = train.Objective(network, "cls", tokens), train.flat_gradients(parameters)
+        train.train_step(objective, torch.optim.SGD(parameters, lr=0.0), buffer, train.LossScale(False),
+                         encoded, np.arange(8, 24), 0, 1e30)
+        return objective.tokens_per_batch, buffer, torch.get_rng_state()
+
+    with monkeypatch.context() as patch:
+        rows_of = out_of_memory_above(network, patch, 5)
+        halved, buffer, rng = step(10**9)
+    assert max(rows_of) > 5 >= rows_of[-1] and halved < 10**9
+    assert f"on process 0: --micro_batch_tokens {halved} from here on" in capsys.readouterr().err
+    again, expected, expected_rng = step(halved)
+    assert again == halved and torch.equal(buffer, expected) and torch.equal(rng, expected_rng)
+    out_of_memory_above(network, monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(10**9)
+
+
+def test_a_validation_that_runs_out_of_memory_gives_the_same_loss(prepared, monkeypatch):
+    _, network, encoded = prepared("mistral", "clsp")
+    expected = train.Objective(network, "cls", 2000).mean_loss(encoded, 0)
+    out_of_memory_above(network, monkeypatch, 7)
+    assert train.Objective(network, "cls", 2000).mean_loss(encoded, 0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_measured_growth_is_that_of_the_work(tmp_path):
@@ -409,6 +476,18 @@ def test_a_run_with_auto_micro_batches_says_and_records_what_fits(tiny_dir, tmp_
 
 
 # ---- Checkpoints ----
+
+
+def test_a_checkpoint_before_the_first_step_that_counts_is_resumed(tmp_path):
+    """In fp16 every step so far may have overflowed: there is no optimizer state yet (KeyError once)."""
+    weights = [torch.nn.Parameter(torch.ones(3))]
+    train.save_checkpoint(tmp_path, weights, torch.optim.AdamW(weights), {"step": 4})
+    other = [torch.nn.Parameter(torch.zeros(3))]
+    optimizer = torch.optim.AdamW(other, lr=0.5, weight_decay=0.0)
+    assert train.load_checkpoint(tmp_path, other, optimizer, infer.ALONE)["step"] == 4
+    other[0].grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(other[0], torch.full((3,), 0.5))  # Adam's first step is the learning rate
 
 
 def files_of(out):
