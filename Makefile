@@ -63,7 +63,7 @@ CELLS_small := $(foreach d,$(CORPORA_small),$(foreach m,$(QUERIES) $(TRAINED),$d
 VARIANT_unseen := --unseen_users 0.1
 VARIANT_constrained := --constrain
 VARIANT_endless := --follow T2=released
-ARGS_small = --model $(MODEL) $(if $(filter-out $(OWN),$1),--data_dir $(DATA)/$1) --limit $(LIMIT) --max_share 1 \
+ARGS_small = --model $(MODEL) $(if $(filter-out $(OWN),$1),--data_dir $(DATA)/$1 --max_share 1) --limit $(LIMIT) \
   --note "$(SMALL), $(LIMIT) annotations of train, val, test" $(VARIANT_$(word 2,$(subst +, ,$2))) \
   $(if $(filter $3,$(QUERIES)),,--epochs 1 --batch_size 8 --lora_r 8 --learning_rate 1e-3 --validations 2)
 

@@ -16,15 +16,23 @@ import argparse
 import codecs
 import csv
 import fcntl
+import gzip
 import hashlib
+import io
+import itertools
 import math
 import os
 import random
+import re
+import shlex
 import sys
+import textwrap
 import time
+import zlib
 from array import array
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +40,7 @@ import numpy as np
 import requests
 from tqdm import tqdm
 
+import prompts
 from prompts import METHODS, TASKS, build_prompt, build_response, neutral_task, parse_response
 
 SPLITS = ("train", "val", "test")
@@ -103,14 +112,22 @@ class Annotations:
     labels: np.ndarray
     label_names: tuple
     split_index: np.ndarray | None = None
+    profiles: dict = field(default_factory=dict)  # user: values of the columns of --context
 
     def __len__(self):
         return len(self.text_index)
 
     def select(self, rows):
         """The annotations of `rows` (indices or a mask), in that order, over the same texts and users."""
-        return Annotations(self.text_ids, self.texts, self.users, self.text_index[rows],
-                           self.user_index[rows], self.labels[rows], self.label_names)
+        return replace(self, text_index=self.text_index[rows], user_index=self.user_index[rows],
+                       labels=self.labels[rows], split_index=None)
+
+    @cached_property
+    def text_number(self):
+        """(N,) the number of the text itself, whatever its text_ids."""
+        numbers = {}
+        return np.array([numbers.setdefault(text, len(numbers)) for text in self.texts],
+                        np.int32)[self.text_index]
 
     def label_set(self, row):
         return [self.label_names[k] for k in np.flatnonzero(self.labels[row])]
@@ -213,14 +230,28 @@ def find_files(corpus, data_dir):
 
 # ---- Read ----
 
+ROLES = ("text_id", "user_id", "text", "split")
+SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2}
+LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "f": 0, "no": 0, "n": 0,
+                "1": 1, "1.0": 1, "true": 1, "t": 1, "yes": 1, "y": 1}
+UNNAMED = {"", "Unnamed: 0"}  # pandas writes its index so
+MOST_NAMES = 1000  # different cells of a column of label names
+BARE = "\udc0d"  # stands for a \r that ends no line, which csv refuses; no UTF-8 text has it
 
-def read_rows(path, delimiter=","):
-    """Yields (line number, cells) of each row of a CSV file, the header included, and no empty lines.
 
+def read_rows(path, delimiter=None, wanted=()):
+    """Yields (line number, cells) of each row of a CSV file, gzipped or not, the header included.
+
+    Without a delimiter it is the one of , ; tab | that finds most of the columns `wanted`, then most cells.
     Raises: ValueError with the line for bad UTF-8, a NUL, a broken quote, or another number of cells.
     """
+    bare = escaped = False
+
     def lines():
-        with open(path, "rb") as file:
+        nonlocal bare, escaped
+        with open(path, "rb") as raw:
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
             for number, line in enumerate(file, start=1):
                 try:
                     text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
@@ -228,79 +259,214 @@ def read_rows(path, delimiter=","):
                     text = "\0"
                 if "\0" in text:
                     raise ValueError(f"{path}, line {number}: bad UTF-8 or a NUL; save it as UTF-8 text")
+                if "\r" in text and "\r" in (body := text.rstrip("\r\n")):
+                    bare, text = True, body.replace("\r", BARE) + text[len(body):]
+                escaped = escaped or '\\"' in text
                 yield text
 
-    reader, start, width = csv.reader(lines(), delimiter=delimiter, strict=True), 1, 0
+    def columns_found(delimiter):
+        cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), ())]
+        return len({*cells} & {*wanted}), len(cells)
+
+    start, width, source = 1, 0, lines()
     try:
+        first = next(source, "")
+        delimiter = delimiter or max(",;\t|", key=columns_found)
+        reader = csv.reader(itertools.chain([first], source), delimiter=delimiter, strict=True)
         for cells in reader:
             width = width or len(cells)
             if len(cells) not in (0, width):
-                raise ValueError(f"{path}, line {start}: {len(cells)} columns, but the first row has {width}")
+                raise csv.Error(f"{len(cells)} columns, but the first row has {width}")
             if cells:
-                yield start, cells
+                yield start, [cell.replace(BARE, "\r") for cell in cells] if bare else cells
             start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: {error}") from None
+    except (csv.Error, EOFError, zlib.error) as error:
+        mend = r'; a quote within a cell is written "", not \"' if escaped else ""
+        raise ValueError(f"{path}, line {start}: {error}{mend}") from None
 
 
-LABEL_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
+class Table(NamedTuple):
+    """An open file: where its columns are, and its rows below the header that are yet to be read."""
+
+    path: str
+    header: list
+    places: dict[str, int]  # of those of ROLES that it has
+    label_names: tuple
+    label_places: list  # of the columns of 0 and 1, or of the one that holds names
+    holds_names: bool
+    context: list  # places
+    rows: Iterator  # of (line number, cells)
 
 
-def read_annotations(paths, columns, label_names=None):
-    """Returns the Annotations of one or more CSV files with a header.
+def open_table(path, columns, labels=None, label_names=None, context=(), needed=("user_id", "text")):
+    """Returns the Table of a CSV file with a header.
 
-    Shapes: columns, the names of text_id, user_id and text; without label_names, each further column but
-    `split` is a label. Raises: ValueError with file and line for all that is not such a file.
+    columns {role: name}, those not in `needed` if they are there; labels, the names of the label columns, by
+    default all others, or of one column that holds label names. With label_names, a finished run's, the file
+    may be without labels. Raises: ValueError for what is missing or makes no sense.
     """
-    texts, users = {}, {}  # (text_id, text) or user_id: position; GoEmotions has ids with two spellings
-    text_index, user_index, split_index, labels = array("i"), array("i"), array("b"), bytearray()
-    for path in paths:
-        rows = read_rows(path)
-        header = [name.strip() for name in next(rows, (0, []))[1]]
-        label_names = label_names or tuple(sorted(set(header) - {*columns, "split"}))
-        check_header(path, header, columns, label_names)
-        id_place, user_place, text_place = map(header.index, columns)
-        label_places = list(map(header.index, label_names))
-        split_place = header.index("split") if "split" in header else None
-        for line, cells in rows:
-            text_id, user_id, text = own = cells[id_place], cells[user_place], cells[text_place]
-            if not (text_id.strip() and user_id.strip() and text.strip()):
-                empty = [name for name, cell in zip(columns, own, strict=True) if not cell.strip()]
-                raise ValueError(f"{path}, line {line}: empty {empty[0]}; fill it in or remove the row")
-            text_index.append(texts.setdefault((text_id, text), len(texts)))
-            user_index.append(users.setdefault(user_id, len(users)))
-            try:
-                labels.extend([LABEL_VALUES[cells[k]] for k in label_places])
-            except KeyError as error:
-                name = header[next(k for k in label_places if cells[k] not in LABEL_VALUES)]
-                raise ValueError(f"{path}, line {line}: {name} is {error.args[0]!r}, not 0 or 1") from None
-            if split_place is not None:
-                name = cells[split_place]
-                if name not in SPLITS:
-                    raise ValueError(f"{path}, line {line}: split is {name!r}, not one of {SPLITS}")
-                split_index.append(SPLITS.index(name))
-    if not text_index:
-        raise ValueError(f"{path}: no annotation below the header")
-    return Annotations(
-        [text_id for text_id, _ in texts], [text for _, text in texts], list(users),
-        np.frombuffer(text_index, np.int32), np.frombuffer(user_index, np.int32),
-        np.frombuffer(labels, bool).reshape(len(text_index), len(label_names)), tuple(label_names),
-        np.frombuffer(split_index, np.int8) if split_index else None)
+    rows, asked = read_rows(path, None, {*columns.values(), *context, *(labels or ())}), labels
+    header = [name.strip() for name in next(rows, (0, []))[1]]
+    columns = {role: name for role, name in columns.items() if role in needed or name in header}
+    used, holds_names = [*columns.values(), *context], False
+    if label_names is not None:
+        holds_names = len(asked or ()) == 1 and asked[0] in header and (*asked,) != (*label_names,)
+        labels = asked if holds_names else label_names if {*label_names} <= {*header} else ()
+    elif asked is None:
+        labels = sorted({*header} - {*used} - UNNAMED)
+    check_header(path, header, [*used, *labels])
+    names = tuple(label_names if holds_names else labels)
+    if label_names is None and asked and len(labels) == 1:
+        cells = distinct_cells(path, header)[header.index(labels[0])]
+        if len(cells) > MOST_NAMES:
+            raise ValueError(f"{path}: {labels[0]} has more than {MOST_NAMES} different cells, such as "
+                             f"{min(cells)!r}; --labels takes columns of 0 and 1, or one of label names")
+        if holds_names := any(cell.lower() not in LABEL_VALUES for cell in cells - {""}):
+            names = tuple(sorted(set().union(*map(split_names, cells))))
+    if label_names is None:
+        check_labels(path, names)
+    return Table(path, header, {role: header.index(name) for role, name in columns.items()}, names,
+                 [header.index(name) for name in labels], holds_names, [*map(header.index, context)], rows)
 
 
-def check_header(path, header, columns, label_names):
-    """Raises ValueError if a column is there twice, or missing, or has a name that no label can have."""
-    if doubled := sorted({name for name in header if header.count(name) > 1}):
+def check_header(path, header, columns):
+    """Raises ValueError if a column is there twice, or missing."""
+    named = [name for name in header if name not in UNNAMED]
+    if doubled := sorted({name for name in named if named.count(name) > 1}):
         raise ValueError(f"{path}: the header has {doubled} twice; rename or remove one")
-    if missing := [name for name in (*columns, *label_names) if name not in header]:
-        raise ValueError(f"{path}: no column {missing} in the header {header}; see README for the format")
+    if doubled := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"{path}: {doubled} cannot be two things of --columns, --labels and --context")
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(f"{path}: no column {missing} in the header {header}; name it, as --columns "
+                         "user_id=NAME; cells are separated by comma, semicolon, tab or |")
+
+
+def check_labels(path, label_names):
+    """Raises ValueError if there is none, or one that cannot be a label."""
     if not label_names:
-        raise ValueError(f"{path}: no label column beside {header}; give each label a column of 0 and 1")
+        raise ValueError(f"{path}: no label column; give each label a column of 0 and 1")
+    if reserved := [name for name in label_names if prompts.label_key(name) == prompts.NONE]:
+        raise ValueError(f"{path}: a label cannot be called {reserved[0]!r}, the word for an annotation "
+                         "without labels; rename it, or leave its cells empty")
     together = parse_response(build_response(label_names), label_names)[0]
     if odd := [name for name in label_names
                if name not in together or parse_response(name, label_names)[0] != [name]]:
         raise ValueError(f"{path}: label names {odd} cannot be read back from a comma-separated response: "
                          "each needs letters, no separators, and to differ in more than case, - and _")
+
+
+def distinct_cells(path, header):
+    """The distinct cells of each column, of each no more than show that they are too many for labels."""
+    found = [set() for _ in header]
+    for _, cells in itertools.islice(read_rows(path, None, header), 1, None):
+        for own, cell in zip(found, cells, strict=True):
+            if len(own) <= MOST_NAMES:
+                own.add(cell.strip())
+    return found
+
+
+@lru_cache
+def mark(cell):
+    """0 or 1, however it is written. Raises: KeyError."""
+    return LABEL_VALUES[cell.strip().lower()]
+
+
+def split_names(cell):
+    """The names in a cell such as `joy, anger`, `['joy', 'anger']`, `4`, or `4.0` as pandas writes a 4."""
+    cell = cell.strip()
+    cell = cell[1:-1] if cell[:1] + cell[-1:] in ("[]", "{}", "()") else cell
+    names = {name.strip(" \t'\"") for name in re.split("[,;|]", cell)}
+    return {re.sub(r"^(-?\d+)\.0$", r"\1", name) for name in names if name}
+
+
+@lru_cache
+def marks_of_names(cell, label_names):
+    """L times 0 or 1 of a cell that holds label names. Raises: KeyError for another name."""
+    if not (names := split_names(cell)) <= {*label_names}:
+        raise KeyError(cell)
+    return [name in names for name in label_names]
+
+
+def bad_label(table, line, cells):
+    """The ValueError of a row with a label that cannot be read."""
+    def binary(own):
+        return all(cell.strip().lower() in LABEL_VALUES for cell in own)
+
+    place = next(k for k in table.label_places if table.holds_names or not binary([cells[k]]))
+    cause = f"{table.path}, line {line}: {table.header[place]} is {cells[place]!r}"
+    if table.holds_names:
+        return ValueError(f"{cause}, not of {list(table.label_names)}")
+    others = {*table.places.values(), *table.context}
+    good = [name for k, (name, own) in enumerate(zip(table.header, distinct_cells(table.path, table.header)))
+            if k not in others and name not in UNNAMED and binary(own)]
+    mend = shlex.join(good) or "and the column that holds label names"
+    mend = f"name the labels: --labels {mend}" if cells[place].strip() else "fill it in or remove the row"
+    return ValueError(f"{cause}, not 0 or 1; {mend}")
+
+
+def read_table(table, profiles=None):
+    """Yields (text_id or None, text, user_id or None, labels, split or None) of each row; fills in profiles.
+
+    Raises: ValueError with file and line for all that is not such a row.
+    """
+    id_place, user_place, text_place, split_place = map(table.places.get, ROLES)
+    filled = [k for k in (id_place, user_place, text_place) if k is not None]
+    name_place = table.label_places[0] if table.holds_names else None
+    for line, cells in table.rows:
+        if not all([cells[k].strip() for k in filled]):
+            empty = next(table.header[k] for k in filled if not cells[k].strip())
+            raise ValueError(f"{table.path}, line {line}: empty {empty}; fill it in or remove the row")
+        try:
+            labels = ([mark(cells[k]) for k in table.label_places] if name_place is None
+                      else marks_of_names(cells[name_place], table.label_names))
+        except KeyError:
+            raise bad_label(table, line, cells) from None
+        split = SPLIT_NAMES.get(cells[split_place].strip().lower(), -1) if split_place is not None else None
+        if split == -1:
+            raise ValueError(f"{table.path}, line {line}: {table.header[split_place]} is "
+                             f"{cells[split_place]!r}, not one of {[*SPLIT_NAMES]}; or rename the "
+                             "column, and texts are split 80/10/10")
+        user_id = cells[user_place] if user_place is not None else None
+        if table.context:
+            own = tuple(cells[k].strip() for k in table.context)
+            if (before := profiles.setdefault(user_id, own)) != own:
+                raise ValueError(f"{table.path}, line {line}: user {user_id!r} has {own} here and {before} "
+                                 "before; --context takes columns that are the same in all rows of a user")
+        yield cells[id_place] if id_place is not None else None, cells[text_place], user_id, labels, split
+
+
+def gather(rows, label_names, profiles=None):
+    """The Annotations of rows as read_table yields them. A text without a text_id has its hash for one."""
+    texts, users = {}, {}  # (text_id, text) or user_id: position; GoEmotions has ids with two spellings
+    text_index, user_index, split_index, labels = array("i"), array("i"), array("b"), bytearray()
+    for text_id, text, user_id, marks, split in rows:
+        text_index.append(texts.setdefault((text_id, text), len(texts)))
+        user_index.append(users.setdefault(user_id, len(users)))
+        labels.extend(marks)
+        if split is not None:
+            split_index.append(split)
+    return Annotations(
+        [prompt_hash(text) if text_id is None else text_id for text_id, text in texts],
+        [text for _, text in texts], list(users), np.frombuffer(text_index, np.int32),
+        np.frombuffer(user_index, np.int32),
+        np.frombuffer(labels, bool).reshape(len(text_index), len(label_names)), tuple(label_names),
+        np.frombuffer(split_index, np.int8) if split_index else None, profiles or {})
+
+
+def read_annotations(paths, columns, label_names=None):
+    """Returns the Annotations of one or more CSV files.
+
+    Shapes: columns, the names of text_id, user_id and text; without label_names, each further column but
+    `split` is a label. Raises: ValueError with file and line for all that is not such a file.
+    """
+    tables, columns = [], dict(zip(ROLES, (*columns, "split"), strict=True))
+    for path in paths:
+        tables.append(open_table(path, columns, label_names, needed=ROLES[:3]))
+        label_names = label_names or tables[0].label_names
+    annotations = gather(itertools.chain.from_iterable(map(read_table, tables)), label_names)
+    if not len(annotations):
+        raise ValueError(f"{paths[0]}: no annotation below the header")
+    return annotations
 
 
 def read_split_texts(path, text_column):
@@ -326,21 +492,37 @@ def hash_order(seed, *keys):
 
 
 def assign_splits(annotations, split_texts=None, seed=42):
-    """Returns the split of each annotation, (N,) index into SPLITS or -1: whole texts, by exact text.
+    """Returns the split of each annotation, (N,) index into SPLITS or -1.
 
-    By split_texts {split: texts}, else by the file's split column, else 80/10/10 by a hash of the text.
+    By the file's split column, row by row, else by split_texts {split: texts}, else 80/10/10 by a hash of
+    the text. Raises: ValueError if a split has nothing.
     """
     texts, of_text = annotations.texts, {}
-    if split_texts is None and annotations.split_index is None:
+    if annotations.split_index is not None:
+        present = [name for s, name in enumerate(SPLITS) if (annotations.split_index == s).any()]
+        if len(present) < 3:
+            raise ValueError(f"the split column has {' and '.join(present)} only: call some rows "
+                             f"{' and '.join(sorted({*SPLITS} - {*present}))} (val tunes the thresholds), or "
+                             "rename the column: without one, texts are split 80/10/10")
+        return annotations.split_index
+    if split_texts is None:
         distinct = sorted(set(texts), key=lambda text: (hash_order(seed, "split", text), text))
-        train, val = math.ceil(0.8 * len(distinct)), math.ceil(0.9 * len(distinct))
+        if (n := len(distinct)) < 3:
+            raise ValueError(f"{n} different texts cannot be split into train, val and test: give more texts")
+        train, val = min(math.ceil(0.8 * n), n - 2), min(math.ceil(0.9 * n), n - 1)
         split_texts = {"train": distinct[:train], "val": distinct[train:val], "test": distinct[val:]}
-    elif split_texts is None:
-        index = [np.unique(annotations.text_index[annotations.split_index == s]) for s in range(3)]
-        split_texts = {name: [texts[k] for k in index[s]] for s, name in enumerate(SPLITS)}
     for name in ("val", "test", "train"):  # a text of several splits goes to the last of these: [choice.D4]
         of_text.update(dict.fromkeys(split_texts[name], SPLITS.index(name)))
     return np.array([of_text.get(text, -1) for text in texts], np.int8)[annotations.text_index]
+
+
+def count_stage(stage, annotations, split, keep, by_split=True):
+    """A stage of the report: how many annotations, texts and users are left, of each split or of all."""
+    text, user = annotations.text_number, annotations.user_index
+    parts = [keep & (split == s) for s in range(3)] if by_split else [keep]
+    return {"stage": stage, "rows": [int(part.sum()) for part in parts],
+            "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
+            "users": int(np.count_nonzero(np.bincount(user[keep])))}
 
 
 def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
@@ -350,8 +532,6 @@ def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
     Raises: ValueError if no user is left.
     """
     user, n_users = annotations.user_index, len(annotations.users)
-    numbers = {}
-    text = np.array([numbers.setdefault(t, len(numbers)) for t in annotations.texts])[annotations.text_index]
     cell = 3 * user.astype(np.int64) + split  # a user in a split
     keep, stages = np.ones(len(annotations), bool), []
 
@@ -360,10 +540,7 @@ def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
         return np.bincount(cell[keep], minlength=3 * n_users).reshape(n_users, 3)
 
     def record():
-        parts = [keep & (split == s) for s in range(3)] if len(stages) > 1 else [keep]
-        stages.append({"stage": STAGES[len(stages)], "rows": [int(part.sum()) for part in parts],
-                       "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
-                       "users": int(np.count_nonzero(np.bincount(user[keep])))})
+        stages.append(count_stage(STAGES[len(stages)], annotations, split, keep, len(stages) > 1))
 
     record()
     keep &= annotations.labels.any(axis=1)
@@ -423,47 +600,161 @@ def limit(annotations, n, seed=42):
     return annotations.select(np.sort(np.argsort(key[annotations.text_index], kind="stable")[:n]))
 
 
-def load(dataset, data_dir=None, min_share=0.01, max_share=0.6, seed=42):
-    """Returns (task, {split: Annotations}, report) of `goemotions`, `unhealthy` or the path of a long CSV."""
-    started, split_texts = time.perf_counter(), None
-    if dataset in CORPORA:
-        corpus, task = CORPORA[dataset], TASKS[dataset]
-        annotation_files, split_files, files = find_files(corpus, data_dir or Path("data", dataset))
-        annotations = read_annotations(annotation_files, corpus.columns, task.label_names)
+def own_columns(given):
+    """{role: column} of --columns ROLE=NAME. Raises: ValueError."""
+    columns = {}
+    for one in given or ():
+        role, _, name = one.partition("=")
+        if role not in ROLES or not name or role in columns:
+            raise ValueError(f"--columns {one}: give each role once, ROLE=NAME, of {', '.join(ROLES)}")
+        columns[role] = name.strip()
+    return columns
+
+
+def present_users(annotations):
+    return {annotations.users[k] for k in np.unique(annotations.user_index)}
+
+
+def find_warnings(annotations, splits):
+    """What a user should know of a file that is sound."""
+    alike = {}
+    for user in annotations.users:
+        alike.setdefault(re.sub(r"^0+(?=\d)|(?<=\d)\.0$", "", user.strip()).casefold(), []).append(user)
+    if alike := [users for users in alike.values() if len(users) > 1]:
+        yield (f"{len(alike)} users have IDs that differ in spaces, case, zeros or .0 only, as "
+               f"{' and '.join(map(repr, alike[0]))}: if they are one person, make them equal")
+    if annotations.split_index is not None:
+        in_split = np.unique(3 * annotations.text_number.astype(np.int64) + annotations.split_index)
+        n_splits = np.bincount(in_split // 3)
+        if n := np.count_nonzero(n_splits > 1):
+            yield (f"{n:,} of {len(n_splits):,} texts stand in more than one split: the test figure then "
+                   "says how well known texts are relabelled, not new ones")
+    share = splits["train"].labels.mean(axis=0)
+    for value in (0, 1):
+        if same := [name for name, own in zip(annotations.label_names, share) if own == value]:
+            yield f"{', '.join(same)} is {value} in all of train: nothing to learn"
+
+
+def read_own(args):
+    """(annotations, what the report says of the file) of a user's own file."""
+    given, path = own_columns(args.columns), Path(args.dataset)
+    table = open_table(args.dataset, {role: role for role in ROLES} | given, args.labels, None,
+                       args.context or (), ("user_id", "text", *given))
+    profiles = {}
+    annotations = gather(read_table(table, profiles), table.label_names, profiles)
+    if not len(annotations):
+        raise ValueError(f"{path}: no annotation below the header")
+    used = {*table.places.values(), *table.label_places, *table.context}
+    return annotations, {
+        "files": {path.name: {"blob_id": git_blob_id(path), "official": None}},
+        "columns": {role: table.header[k] for role, k in table.places.items()},
+        "unused": [name or "(unnamed)" for k, name in enumerate(table.header) if k not in used]}
+
+
+def load(args):
+    """Returns (task, {split: Annotations}, report) of `goemotions`, `unhealthy` or the path of a long CSV.
+
+    args: `dataset` and flags of add_arguments; one that is not there has its default.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = argparse.Namespace(**vars(parser.parse_args([])) | vars(args))
+    started, split_texts, corpus = time.perf_counter(), None, CORPORA.get(args.dataset)
+    paper = (args.clean or ("paper" if corpus else "none")) == "paper"
+    if not paper and (args.min_share, args.max_share) != (None, None):
+        raise ValueError("--min_share and --max_share are of --clean paper: give that too, or leave them out")
+    if corpus:
+        if given := [name for name in ("columns", "labels", "context") if getattr(args, name)]:
+            raise ValueError(f"--{given[0]} is for a file of your own, not for {args.dataset}: leave it out")
+        paths, split_files, files = find_files(corpus, args.data_dir or Path("data", args.dataset))
+        task = TASKS[args.dataset]
+        annotations = read_annotations(paths, corpus.columns, task.label_names)
         split_texts = {name: read_split_texts(path, corpus.columns[2]) for name, path in split_files.items()}
-    elif Path(dataset).is_file():
-        annotations = read_annotations([dataset], ("text_id", "user_id", "text"))
+        report = {"files": files, "columns": dict(zip(ROLES, corpus.columns)), "unused": []}
+    elif Path(args.dataset).is_file():
+        annotations, report = read_own(args)
         task = neutral_task(annotations.label_names)
-        files = {Path(dataset).name: {"blob_id": git_blob_id(Path(dataset)), "official": None}}
     else:
-        raise FileNotFoundError(f"no data set {dataset!r}: use one of {sorted(CORPORA)} or the path of a CSV")
-    split = assign_splits(annotations, split_texts, seed)
-    splits, stages = clean(annotations, split, min_share, max_share, seed)
-    seconds = time.perf_counter() - started
-    return task, splits, {"dataset": str(dataset), "files": files, "stages": stages, "seconds": seconds}
+        raise FileNotFoundError(f"no data set {args.dataset!r}: use one of {sorted(CORPORA)} or the path of "
+                                "a CSV")
+    try:
+        split = assign_splits(annotations, split_texts, args.split_seed)
+    except ValueError as error:
+        raise ValueError(f"{args.dataset}: {error}") from None
+    if paper:
+        shares = {"min_share": args.min_share, "max_share": args.max_share}
+        shares = {name: share for name, share in shares.items() if share is not None}
+        splits, stages = clean(annotations, split, seed=args.split_seed, **shares)
+    else:
+        keep = split >= 0
+        splits = {name: annotations.select(split == s) for s, name in enumerate(SPLITS)}
+        stages = [count_stage(STAGES[0], annotations, split, keep | True, False),
+                  count_stage(STAGES[2], annotations, split, keep)]
+    task = task._replace(none=any(not part.labels.any(axis=1).all() for part in splits.values()))
+    report |= {"dataset": str(args.dataset), "labels": list(task.label_names), "stages": stages,
+               "warnings": list(find_warnings(annotations, splits)), "unseen_users": unseen_users(splits),
+               "counts": {name: len(part) for name, part in splits.items()},
+               "seconds": time.perf_counter() - started}
+    return task, splits, report
+
+
+def unseen_users(splits):
+    """The users of val and test that are not in train, sorted."""
+    train, *others = map(present_users, splits.values())
+    return sorted(set().union(*others) - train)
 
 
 def format_report(report):
-    """The stages of the cleaning as lines of text, beside the paper's counts."""
+    """The stages, beside the paper's counts, the labels, what is not used and the warnings, as text."""
     corpus = CORPORA.get(report["dataset"])
+    paper = dict(zip(STAGES, corpus.paper_stages)) if corpus else {}
 
     def cells(numbers):
         return " / ".join(f"{n:,}" for n in numbers)
 
     lines = [f"{'stage':<27}{'annotations':>26}{'texts':>24}{'users':>7}"
              + (f"{'paper: annotations':>30}{'users':>7}" if corpus else "")]
-    for k, stage in enumerate(report["stages"]):
+    for stage in report["stages"]:
         line = f"{stage['stage']:<27}{cells(stage['rows']):>26}{cells(stage['texts']):>24}"
         line += f"{stage['users']:>7,}"
         if corpus:
-            rows, users = corpus.paper_stages[k]
+            rows, users = paper[stage["stage"]]
             line += f"{cells(rows):>30}{users or '':>7}"
         lines.append(line)
-    lines += [f"note: {name} is not the official file (blob id {check['blob_id']}): the counts cannot be the "
-              "paper's" for name, check in report["files"].items() if check["official"] is False]
-    lines += [f"note: {name} is not there and was left out"
+    lines += textwrap.wrap(f"{len(report['labels'])} labels: {', '.join(report['labels'])}", 100,
+                           subsequent_indent="  ")
+    notes = [f"{name} is not the official file (blob id {check['blob_id']}): the counts cannot be the paper's"
+             for name, check in report["files"].items() if check["official"] is False]
+    notes += [f"{name} is not there and was left out"
               for name in sorted(set(corpus.files if corpus else ()) - set(report["files"]))]
+    if report["unused"]:
+        notes.append(f"not used: {', '.join(report['unused'])}")
+    if report["unseen_users"]:
+        notes.append(f"{len(report['unseen_users'])} users of val or test are not in train: reported apart, "
+                     "as unseen")
+    lines += [f"note: {note}" for note in notes] + [f"warning: {own}" for own in report["warnings"]]
     return "\n".join([*lines, f"{report['seconds']:.1f} s"])
+
+
+def describe(splits):
+    """Lines that say how much was annotated, how often each label is given, and how often people differ."""
+    parts, names = [*splits.values()], splits["train"].label_names
+    text, user, labels = (np.concatenate([getattr(part, name) for part in parts])
+                          for name in ("text_number", "user_index", "labels"))
+    n = np.bincount(text)
+    pairs = np.unique(text.astype(np.int64) * len(parts[0].users) + user)
+    shared = np.bincount(pairs // len(parts[0].users), minlength=len(n)) > 1
+    yield f"{'annotations':<24}{'least':>9}{'median':>9}{'most':>9}"
+    for name, counts in (("per user", np.bincount(user)), ("per text", n)):
+        own = counts[counts > 0]
+        yield f"{name:<24}{own.min():>9,}{np.median(own):>9,.10g}{own.max():>9,}"
+    width = min(70, max(22, *map(len, names))) + 2
+    yield f"\n{'label':<{width}}{'share':>9}{'differ':>9}"
+    for name, own in zip(names, labels.T, strict=True):
+        chosen = np.bincount(text, weights=own, minlength=len(n))
+        differ = np.count_nonzero((chosen > 0) & (chosen < n) & shared) / max(1, np.count_nonzero(shared))
+        yield f"{name:<{width}}{own.mean():>9.1%}{differ:>9.1%}"
+    yield f"differ: on that share of the {np.count_nonzero(shared):,} texts with two or more annotators"
 
 
 # ---- Few-shot examples ----
@@ -509,6 +800,7 @@ class Encoded:
     hashes: list
     n_shortened: int = 0  # prompts
     n_too_few: int = 0  # annotations whose user has fewer than K examples
+    none: bool = False  # an annotation may have no label
     response_ids: np.ndarray | None = None
     response_offsets: np.ndarray | None = None
     response_index: np.ndarray | None = None
@@ -609,7 +901,8 @@ def encode(tokenizer, task, method, annotations, max_length, pool=None, seed=42,
         chunks.append(flatten(rows))
     lengths = np.concatenate([np.diff(offsets) for _, offsets in chunks])
     encoded = Encoded(np.concatenate([ids for ids, _ in chunks]), np.concatenate([[0], np.cumsum(lengths)]),
-                      prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened, too_few)
+                      prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened, too_few,
+                      task.none)
     if method.family == "lm":
         distinct, encoded.response_index = np.unique(annotations.labels, axis=0, return_inverse=True)
         names = np.array(annotations.label_names)
@@ -702,14 +995,22 @@ def share(text):
 
 def add_arguments(parser):
     """The flags of the data, the same for every script."""
-    parser.add_argument("--data_dir", help="where a corpus lies or is downloaded to (default: data/DATASET)")
-    parser.add_argument("--min_share", type=share, default=0.01, help="a user with fewer annotations in a "
-                        "split than this share of the most active one's is dropped; the paper's text says "
-                        "0.05, its counts are those of 0.01 (default: %(default)s)")
-    parser.add_argument("--max_share", type=share, default=0.6, help="a user with more than this share is "
-                        "cut down to it; 1.0: no cut (default: %(default)s)")
-    parser.add_argument("--split_seed", type=int, default=42, help="of the cut, of a split by text and of "
-                        "the choice of examples (default: %(default)s)")
+    add = parser.add_argument
+    add("--data_dir", help="where a corpus lies or is downloaded to (default: data/DATASET)")
+    add("--columns", nargs="+", metavar="ROLE=NAME", help="of an own file, which column is the "
+        f"{', '.join(ROLES)} (default: the one of that name; text_id and split may be missing)")
+    add("--labels", nargs="+", metavar="COLUMN", help="of an own file, the columns of 0 and 1 to predict, or "
+        "one whose cells hold label names (default: all other columns)")
+    add("--context", nargs="+", metavar="COLUMN", help="of an own file, columns that describe the user")
+    add("--clean", choices=["paper", "none"], help="paper: annotations without labels and rare users are "
+        "dropped, frequent users cut down (default: paper for the two corpora, none for an own file)")
+    add("--min_share", type=share, help="with --clean paper, a user with fewer annotations in a split than "
+        "this share of the most active one's is dropped; the paper's text says 0.05, its counts are those of "
+        "0.01 (default: 0.01)")
+    add("--max_share", type=share, help="with --clean paper, a user with more than this share is cut down to "
+        "it; 1.0: no cut (default: 0.6)")
+    add("--split_seed", type=int, default=42, help="of the cut, of a split by text and of the choice of "
+        "examples (default: %(default)s)")
 
 
 def main(argv=None):
@@ -719,14 +1020,13 @@ def main(argv=None):
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        task, splits, report = load(args.dataset, args.data_dir, args.min_share, args.max_share,
-                                    args.split_seed)
+        task, splits, report = load(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text, user_id = next(splits["train"].fields())
-    print(f"{format_report(report)}\n\n{len(task.label_names)} labels. The first CLS-P prompt:\n\n"
-          f"{''.join(build_prompt(task, METHODS['clsp'], text, user_id))}\n\n"
+    print(format_report(report), "", *describe(splits), "", sep="\n")
+    print(f"The first CLS-P prompt:\n\n{''.join(build_prompt(task, METHODS['clsp'], text, user_id))}\n\n"
           f"and its labels: {build_response(splits['train'].label_set(0))}")
     return 0
 

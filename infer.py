@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 import lora
 import metrics
-from prompts import METHODS, build_prompt, build_response, parse_response
+from prompts import METHODS, NONE, build_prompt, build_response, parse_response
 
 # ---- Arguments, data and configuration of a run ----
 
@@ -130,12 +130,12 @@ def complete(args):
 
 def load_splits(args):
     """Returns (task, {split: Annotations}, report): cleaned, users held out, limited."""
-    task, splits, report = data.load(args.dataset, args.data_dir, args.min_share, args.max_share,
-                                     args.split_seed)
-    splits, report["unseen_users"] = data.hold_out_users(splits, args.unseen_users, args.split_seed)
+    task, splits, report = data.load(args)
+    splits, held_out = data.hold_out_users(splits, args.unseen_users, args.split_seed)
     if args.limit:
         splits = {name: data.limit(part, args.limit[min(k, len(args.limit) - 1)], args.split_seed)
                   for k, (name, part) in enumerate(splits.items())}
+    report["unseen_users"] = sorted({*held_out, *data.unseen_users(splits)})
     report["counts"] = {name: len(part) for name, part in splits.items()}
     if empty := [name for name, n in report["counts"].items() if not n]:
         raise ValueError(f"no annotation is left in {empty}; give more data, or lower --min_share")
@@ -361,7 +361,7 @@ class LabelSequences:
     another one does. Raises: ValueError if the tokenizer writes a label in different ways behind others.
     """
 
-    def __init__(self, tokenizer, label_names):
+    def __init__(self, tokenizer, label_names, none=False):
         def ids(*names):
             return tokenizer("\n" + ", ".join(names), add_special_tokens=False)["input_ids"]
 
@@ -374,7 +374,8 @@ class LabelSequences:
                 if tokens[: len(written)] != written or self.following[j] not in (None, own):
                     raise ValueError(f"--constrain: this tokenizer joins {name!r} with the label before it")
                 self.following[j] = own
-        self.start = frozenset((-1, j, 0) for j in range(len(label_names)))
+        self.first += [ids(NONE)] * none  # alone: the last one, which follows no other
+        self.start = frozenset((-1, j, 0) for j in range(len(self.first)))
 
     def allowed(self, state):
         """{token: next state}, never empty."""
@@ -386,7 +387,7 @@ class LabelSequences:
                     moves.setdefault(tokens[n], set()).add((before, j, n + 1))
                 else:
                     moves.setdefault(self.end, set())
-                    for k in range(j + 1, len(self.first)):
+                    for k in range(j + 1, len(self.following)):
                         moves.setdefault(self.following[k][0], set()).add((j, k, 1))
             if not moves:
                 raise ValueError("--constrain: no token is allowed here")
@@ -395,8 +396,9 @@ class LabelSequences:
 
 
 def longest_response(tokenizer, label_names):
-    """The number of tokens of the response that names every label."""
-    return len(tokenizer("\n" + build_response(label_names), add_special_tokens=False)["input_ids"])
+    """The number of tokens of the response that names every label, or none."""
+    answers = ["\n" + build_response(names) for names in (label_names, ())]
+    return max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
 
 
 @torch.inference_mode()
@@ -410,7 +412,7 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     only, whose forced tokens cost a decoder no step.
     """
     model.eval()
-    sequences = LabelSequences(tokenizer, label_names) if constrain else None
+    sequences = LabelSequences(tokenizer, label_names, encoded.none) if constrain else None
     limit, lengths = longest_response(tokenizer, label_names), encoded.lengths
     prefix = shared_prefix(model, encoded)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
@@ -771,7 +773,9 @@ def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_
 def rows_of_gold(annotations, encoded):
     """What a row of predictions_SPLIT.jsonl says of an annotation, in the order of the data set."""
     for n, (item, user) in enumerate(zip(annotations.text_index, annotations.user_index)):
-        yield {"text_id": annotations.text_ids[item], "user_id": annotations.users[user],
+        text_hash = data.prompt_hash(annotations.texts[item])  # text_id may be the number of a row
+        yield {"text_id": annotations.text_ids[item], "text_hash": text_hash,
+               "user_id": annotations.users[user],
                "prompt": encoded.hashes[encoded.prompt_index[n]], "gold": annotations.label_set(n)}
 
 
@@ -785,10 +789,12 @@ def rows_of_scores(annotations, encoded, scores):
 
 def rows_of_responses(annotations, encoded, responses, released_parser=False):
     """The rows of generated text: responses, one per distinct prompt, None where there is no answer."""
-    parsed = [parse_response(response or "", annotations.label_names, released_parser)
+    parsed = [parse_response(response or "", (*annotations.label_names, NONE), released_parser)
               for response in responses]
     for row, m in zip(rows_of_gold(annotations, encoded), encoded.prompt_index, strict=True):
-        yield row | {"predicted": parsed[m][0], "response": responses[m], "not_understood": parsed[m][1]}
+        found, lost = parsed[m]
+        yield row | {"predicted": [name for name in found if name != NONE], "response": responses[m],
+                     "not_understood": lost, "none": NONE in found}
 
 
 def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(), **further):
@@ -995,7 +1001,8 @@ def query_server(args):
         print(f"{args.split}: {too_few} annotations are of users with fewer than {method.shots} examples")
     texts = ["".join(build_prompt(task, method, *one)) for one in inputs]
     prompts = {data.prompt_hash(text): text for text in texts}
-    most = len(build_response(task.label_names).encode())  # a token is at least a byte
+    # a token is at least a byte
+    most = max(len(build_response(names).encode()) for names in (task.label_names, ()))
     records, usage = query_api(prompts, args.model, cache, api_base, min(most, args.max_tokens),
                                args.concurrency, args.timeout_s, args.max_retries, args.max_cost,
                                args.price_in, args.price_out, args.dry_run)

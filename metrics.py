@@ -235,7 +235,10 @@ def to_arrays(rows, label_names):
     scores = np.array([row["scores"] for row in rows]) if "scores" in rows[0] else None
     if scores is not None and not (scores.shape == gold.shape and ((scores >= 0) & (scores <= 1)).all()):
         raise ValueError(f"scores are not {len(label_names)} probabilities")
-    text_ids, text_index = np.unique([str(row["text_id"]) for row in rows], return_inverse=True)
+    own, first = [str(row.get("text_hash", row["text_id"])) for row in rows], {}
+    for text, row in zip(own, rows, strict=True):  # texts are in the order of their ids, as in older files
+        first.setdefault(text, f"{row['text_id']} {text}")
+    text_ids, text_index = np.unique([first[text] for text in own], return_inverse=True)
     user_ids, user_index = np.unique([str(row["user_id"]) for row in rows], return_inverse=True)
     return SimpleNamespace(gold=gold, predicted=predicted, scores=scores, text_ids=text_ids,
                            text_index=text_index, user_ids=user_ids, user_index=user_index)
@@ -262,11 +265,15 @@ def describe_disagreement(data, label_names):
 def evaluate(rows, label_names, thresholds=None, unseen_users=()):
     """What metrics_SPLIT.json holds, from the rows of predictions_SPLIT.jsonl.
 
-    Thresholds (L,) are tuned on validation. With unseen_users, the ids of those held out of training, all of
-    it stands again under "seen" and "unseen".
+    Thresholds (L,) are tuned on validation. With unseen_users, the ids of those who are not in train, all of
+    it stands again under "seen" and "unseen". An annotation without labels that is predicted so adds nothing
+    to any F1, which is of the labels that are given or predicted; a user who has neither has none (0 in
+    f1_per_user), and is left out of the users' mean and quantiles. An answered "none" is no empty answer.
     """
     data = to_arrays(rows, label_names)
     per_user = f1_micro(data.gold, data.predicted, data.user_index, len(data.user_ids))
+    either = sum_by_group((data.gold | data.predicted).any(axis=1), data.user_index, len(per_user)) > 0
+    told = per_user[either] if either.any() else np.zeros(1)
     result = {
         "labels": list(label_names), "n_annotations": len(rows),
         "n_texts": len(data.text_ids), "n_users": len(data.user_ids),
@@ -274,8 +281,8 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
         "f1_micro": float(f1_micro(data.gold, data.predicted)[0]),
         "f1_per_label": dict(zip(label_names, f1_per_label(data.gold, data.predicted).tolist())),
         "f1_per_user": dict(zip(data.user_ids.tolist(), per_user.tolist())),
-        "f1_user_mean": float(per_user.mean()),
-        "f1_user_quantiles": {f"{q}%": float(np.percentile(per_user, q)) for q in (5, 25, 50, 75, 95)},
+        "f1_user_mean": float(told.mean()),
+        "f1_user_quantiles": {f"{q}%": float(np.percentile(told, q)) for q in (5, 25, 50, 75, 95)},
     }
     result |= describe_disagreement(data, label_names)
     if data.scores is not None:
@@ -286,8 +293,9 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
             result |= {"f1_macro_tuned": f1_macro(data.gold, tuned), "thresholds": [*map(float, thresholds)]}
     elif all("response" in row for row in rows):
         lost = sum(len(row.get("not_understood", ())) for row in rows)
-        result["share_not_understood"] = lost / max(1, lost + int(data.predicted.sum()))
-        empty = sum(not row["predicted"] and not row.get("not_understood") for row in rows)
+        none = sum(row.get("none", False) for row in rows)  # an answer, too
+        result["share_not_understood"] = lost / max(1, lost + none + int(data.predicted.sum()))
+        empty = sum(not (row["predicted"] or row.get("not_understood") or row.get("none")) for row in rows)
         result["share_empty_answers"] = empty / len(rows)  # signs or a repeated prompt alone are empty, too
     unseen = {str(user) for user in unseen_users or ()}
     for part in ("seen", "unseen") if unseen else ():
@@ -361,7 +369,8 @@ def collect(runs_dir):
                 model = Path(model).name
                 dataset = f"{Path(dataset).stem} ({run.note or 'not the setting of the paper'})"
             given = run.arguments | {f"follow {row}": own for row, own in dict(run.follow).items()}
-            recipe = {key: str(given[key]) for key in sorted(given.keys() - NOT_RECIPE)}
+            recipe = {key: str(given[key]) for key in sorted(given.keys() - NOT_RECIPE)
+                      if given[key] is not None}
             usual = recipes.setdefault((dataset, model, run.method), recipe) | {"constrain": "False"}
             words = [f"{key} {value}" for key, value in recipe.items() if value != usual.get(key)]
             model += f" ({', '.join(words)})" if words else ""

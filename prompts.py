@@ -13,6 +13,7 @@ Does not tokenize (data.py) and does not ask a model (infer.py).
 import argparse
 import re
 import sys
+import unicodedata
 from typing import NamedTuple
 
 # ---- Methods and tasks: all that differs between settings is a row of these two tables ----
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     item: str  # what one label is called
     hint: str  # the sentences that follow the request
     few_shot_item: str  # what Q-1S and Q-2S ask a list of
+    none: bool = False  # an annotation may have no label
 
 
 TASKS = {
@@ -68,10 +70,13 @@ TASKS = {
 }
 
 
-def neutral_task(label_names):
+NONE = "none"  # the word for an annotation without any label
+
+
+def neutral_task(label_names, none=False):
     """The task of any other label set: the paper's request, without words that belong to one corpus."""
     hint = "Analyze the text carefully to make an accurate classification."
-    return Task(tuple(sorted(label_names)), item="label", hint=hint, few_shot_item="label")
+    return Task(tuple(sorted(label_names)), item="label", hint=hint, few_shot_item="label", none=none)
 
 
 # ---- One prompt and one response (appendix A) ----
@@ -94,7 +99,8 @@ def build_prompt(task, method, text, user_id=None, examples=()):
     request += f" by selecting the most appropriate {task.item} from the provided list. {task.hint}"
     if method.family != "cls":
         item = task.few_shot_item if method.shots else task.item
-        request += f" Please compose your response as a list of chosen {item}s, separated by commas."
+        request += f" Please compose your response as a list of chosen {item}s, separated by commas"
+        request += f", or {NONE} if no {item} applies." if task.none else "."
     before = request + "\n\n"  # no stray space behind the instruction: [choice.P6]
     for k, (example_text, example_labels) in enumerate(examples, start=1):
         number = f" {k}" if method.shots > 1 else ""
@@ -110,7 +116,7 @@ def build_prompt(task, method, text, user_id=None, examples=()):
 
 def build_response(label_names):
     """The text of one annotation: its labels in sorted order, separated by commas. Source: section IV-C."""
-    return ", ".join(sorted(label_names))
+    return ", ".join(sorted(label_names)) or NONE
 
 
 # ---- Parsing a response ----
@@ -124,25 +130,32 @@ PROMPT_LINE = re.compile(  # `###` within a line, too: T5 writes no line ends
 RESPONSE_HEADING = re.compile(r"### ?(?:response|answer):?", re.IGNORECASE)
 
 
+def is_word(character):
+    """Whether it is of a letter or digit: vowel signs are, a variation selector behind an emoji is not."""
+    is_sign = unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
+    return character.isalnum() or is_sign
+
+
 def label_key(piece):
     """A label's name or a piece of a response, as they are compared.
 
     From the first letter or digit to the last one, case-folded, with `_`, `-` and spaces as one space.
     """
-    inner = re.search(r"\w(?:.*\w)?", re.sub(r"[\s_\-\u2010-\u2015]+", " ", piece), re.DOTALL)
-    return inner[0].casefold() if inner else ""
+    folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", piece).casefold())
+    plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", folded)
+    return plain.strip("".join(character for character in {*plain} if not is_word(character)))
 
 
 def parse_response(response, label_names, released=False):
     """Returns (label names in sorted order, the pieces that were not understood).
 
-    A piece counts only if all of it is a label's name [choice.E2]; `released` matches as the released parser
-    does, which splits at commas and removes no punctuation.
+    A piece counts only if all of it is a label's name [choice.E2], or "none"; `released` matches as the
+    released parser does, which splits at commas and removes no punctuation.
     """
     if released:
         pieces = [piece for piece in map(str.strip, response.split(",")) if piece]
         return sorted({*pieces} & {*label_names}), [piece for piece in pieces if piece not in label_names]
-    names, found = {label_key(name): name for name in label_names}, set()
+    names, found = {NONE: NONE} | {label_key(name): name for name in label_names}, set()
 
     def name_of(piece):
         return names.get(label_key(piece)) or names.get(label_key(LEAD_IN.sub("", piece)))
@@ -159,7 +172,7 @@ def parse_response(response, label_names, released=False):
             found.update(parts)
         elif label_key(piece):
             not_understood.append(piece)
-    return sorted(found), not_understood
+    return sorted(found & {*label_names}), not_understood
 
 
 def _answer(response):

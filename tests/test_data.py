@@ -1,5 +1,6 @@
 """data.py: generated files only; expected values by hand, by plain dictionaries or by other programs."""
 
+import argparse
 import collections
 import csv
 import hashlib
@@ -35,6 +36,14 @@ def write_csv(path, rows, header=("text_id", "user_id", "text", "joy", "love")):
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+def arguments(dataset, *flags):
+    """What data.py's command line makes of a data set and flags."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("dataset")
+    data.add_arguments(parser)
+    return parser.parse_args([str(dataset), *map(str, flags)])
 
 
 def annotations_of(rows, label_names=("joy", "love")):
@@ -120,7 +129,7 @@ HEADER = b"text_id,user_id,text,joy\n"
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "no column ['text_id', 'user_id', 'text'] in the header []"),
+        (b"", "no column ['user_id', 'text'] in the header []"),
         (HEADER, "no annotation"),
         (b"text_id,text,joy\n1,a,1\n", "no column ['user_id']"),
         (b"text_id,user_id,text,joy,joy\n", "['joy'] twice"),
@@ -139,11 +148,11 @@ HEADER = b"text_id,user_id,text,joy\n"
         ("text_id,user_id,text,joy\n".encode("utf-16"), "line 1: bad UTF-8"),
         (HEADER + b'1,u,a,1\n2,u,"b,1\n3,u,c,1\n', "line 3: unexpected end of data"),
         (HEADER + b'1,u,"a"b,1\n', "line 2: ',' expected after '\"'"),
-        (b"text_id,user_id,text,joy,split\n1,u,a,1,dev\n", "line 2: split is 'dev', not one of"),
+        (b"text_id,user_id,text,joy,split\n1,u,a,1,fold 1\n", "line 2: split is 'fold 1', not one of"),
         (b"text_id,user_id,text,no joy,no_joy\n1,u,a,1,1\n", "cannot be read back"),
         (b"text_id,user_id,text,joy,Joy\n1,u,a,1,1\n", "cannot be read back"),
         (b'text_id,user_id,text,"joy, love"\n1,u,a,1\n', "['joy, love'] cannot be read back"),
-        (b"text_id,user_id,text,\n1,u,a,1\n", "[''] cannot be read back"),
+        (b"text_id,user_id,text,\n1,u,a,1\n", "no label column"),
         (b"text_id,user_id,text,???\n1,u,a,1\n", "['???'] cannot be read back"),
         (b"text_id,user_id,text,## a\n1,u,a,1\n", "['## a'] cannot be read back"),
     ],
@@ -380,21 +389,21 @@ def test_without_a_split_80_10_10_of_the_texts_in_no_two_splits_whatever_the_ord
     assert other.tolist() != data.assign_splits(annotations_of(rows), seed=3).tolist()
 
 
-def test_a_split_column_is_followed_by_text(tmp_path):
-    rows = [(k, "u", f"t{k}", 1, 0, data.SPLITS[k % 3]) for k in range(6)] + [(9, "u", "t1", 1, 0, "train")]
+def test_a_split_column_is_followed_row_by_row_and_the_overlap_is_told(tmp_path):
+    names = ["train", " VAL", "test", "Training", "dev", "Test ", "validation", "valid", "train"]
+    rows = [(k, f"u{k % 2}", f"t{k % 5}", k % 2, 0, name) for k, name in enumerate(names)]
     path = write_csv(tmp_path / "a.csv", rows, (*COLUMNS, "joy", "love", "split"))
-    _, splits, _ = data.load(str(path))
-    texts = {name: sorted({row[2] for row in rows_of(part)}) for name, part in splits.items()}
-    assert (
-        {*texts["test"]} <= {"t2", "t5"}
-        and {*texts["val"]} == {"t4"}
-        and {*texts["train"]} <= {"t0", "t3", "t1"}
-    )
+    _, splits, report = data.load(arguments(path))
+    texts = {name: [row[2] for row in rows_of(part)] for name, part in splits.items()}
+    assert texts == {"train": ["t0", "t3", "t3"], "val": ["t1", "t4", "t1", "t2"], "test": ["t2", "t0"]}
+    told = [own for own in report["warnings"] if "more than one split" in own]
+    assert told == ["2 of 5 texts stand in more than one split: the test figure then says how well known "
+                    "texts are relabelled, not new ones"]
 
 
 def test_no_user_left_is_an_error_that_says_what_a_user_needs(tmp_path, capsys):
     path = write_csv(tmp_path / "a.csv", [(k, f"u{k}", f"t{k}", 1, 0) for k in range(50)])
-    assert data.main([str(path)]) == 2
+    assert data.main([str(path), "--clean", "paper"]) == 2
     assert "no user is left of 50 after cleaning" in capsys.readouterr().err
 
 
@@ -930,7 +939,7 @@ def test_the_command_prints_the_stages_of_a_long_csv(tmp_path):
     run = subprocess.run([sys.executable, ROOT / "data.py", path], capture_output=True, text=True, check=True)
     assert re.search(r"^raw +120 +40 +3$", run.stdout, re.MULTILINE)
     assert re.search(r"^on the split's texts +96 / 12 / 12 +32 / 4 / 4 +3$", run.stdout, re.MULTILINE)
-    assert "2 labels. The first CLS-P prompt" in run.stdout and "- joy\n- love\n" in run.stdout
+    assert "2 labels: joy, love\n" in run.stdout and "- joy\n- love\n" in run.stdout
 
 
 def test_every_tag_stands_once_in_the_code_and_is_named_in_a_test():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prompts import (
     METHODS,
+    NONE,
     TASKS,
     build_prompt,
     build_response,
@@ -352,7 +353,7 @@ NAME = st.builds(
     lambda words, joint: joint.join(words),
     st.lists(WORD, min_size=1, max_size=3),
     st.sampled_from([" ", "_", "-", "/", " and ", " or ", "&", ".", "+"]),
-)
+).filter(lambda name: name != NONE)
 
 
 @settings(max_examples=300, deadline=None)

@@ -91,10 +91,14 @@ def released_way(directory):
     return [len(part) for part in users_in_all().values()]
 
 
-def our_way(dataset, directory=None):
+def load(dataset, directory=None):
     import data
 
-    return [len(part) for part in data.load(dataset, directory)[1].values()]
+    return data.load(argparse.Namespace(dataset=str(dataset), data_dir=directory))
+
+
+def our_way(dataset, directory=None):
+    return [len(part) for part in load(dataset, directory)[1].values()]
 
 
 def load_and_batch(dataset):
@@ -103,7 +107,7 @@ def load_and_batch(dataset):
 
     import data
 
-    train = data.load(dataset)[1]["train"]
+    train = load(dataset)[1]["train"]
     offsets = 150 * np.arange(len(train.texts) + 1)
     encoded = data.Encoded(np.ones(offsets[-1], np.int32), offsets, train.text_index, train.labels, [])
     steps = data.training_steps(encoded, 128, seed=0, epoch=0, merge_duplicates=True)
@@ -118,7 +122,7 @@ def encode_clsp(directory, tokenizer_dir):
     import data
     from prompts import METHODS
 
-    task, splits, _ = data.load("goemotions", directory)
+    task, splits, _ = load("goemotions", directory)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     started = time.perf_counter()
     encoded = data.encode(tokenizer, task, METHODS["clsp"], splits["train"], 512)
