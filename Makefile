@@ -109,7 +109,7 @@ reproduce: setup  # first: without torch the profile is not known
 
 reproduced: plan
 	@$(MAKE) --no-print-directory -j $(or $(JOBS_$(PROFILE)),1) cells PROFILE=$(PROFILE)
-	$(BIN)/python metrics.py tables $(RUNS) --figures
+	@$(BIN)/python tests/show.py $(RUNS)
 	@$(BIN)/python tests/plan.py $(PROFILE) --missing
 
 bench: setup

@@ -811,7 +811,7 @@ def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(
 def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test", processes=ALONE):
     """Predicts a split and writes its predictions and metrics; the first process returns the metrics.
 
-    For a classifier, thresholds are tuned on val; for CLS, if train is encoded, the baselines are computed.
+    For a classifier, thresholds are tuned on val; for CLS the baselines are computed beside it.
     """
     started, result, label_names = time.perf_counter(), None, splits[split].label_names
     if METHODS[args.method].family != "cls":
@@ -825,12 +825,11 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
                                    n_too_few_examples=encoded[split].n_too_few)
         return result
     names, thresholds = ("val", "test") if split == "test" else ("val",), None
-    with_baselines = args.method == "cls" and "train" in encoded and split == "test"
     scores = {name: predict_scores(model, encoded[name], args.micro_batch_tokens, processes, name)
-              for name in (*names, *["train"] * with_baselines)}
+              for name in names}
     if processes.rank:
         return None
-    if with_baselines:
+    if args.method == "cls" and split == "test":
         write_json(args.out / "baselines_test.json",
                    evaluate_baselines(splits, scores, encoded["test"], unseen_users))
     for name in names:  # the metrics of test come last: they say that the run is finished
@@ -841,27 +840,39 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     return result
 
 
-def evaluate_baselines(splits, scores, encoded, unseen_users=()):
+def evaluate_baselines(splits, scores, encoded, unseen_users=(), folds=5):
     """{name: metrics and scores on test} of what a User ID in the prompt must beat; scores {split: (N, L)}.
 
-    All labels, always; each user's label frequencies; CLS plus a bias per user and label, fitted on train.
+    All labels, always; each user's label frequencies in train; CLS plus a bias per user and label, fitted on
+    val, on which the model was not trained. Of several strengths the one with the least log-loss on val is
+    taken, where a bias is that of the other folds of texts, as for the thresholds.
     """
-    train, n_users = splits["train"], len(splits["train"].users)
+    train, val, test, n_users = splits["train"], splits["val"], splits["test"], len(splits["train"].users)
     clipped = {name: np.clip(own, 1e-6, 1 - 1e-6) for name, own in scores.items()}
     logits = {name: np.log(own / (1 - own)) for name, own in clipped.items()}
-    bias = metrics.fit_user_bias(logits["train"], train.labels, train.user_index, n_users)
-    predict = {
-        "always_all": lambda name: metrics.always_all(*splits[name].labels.shape),
-        "user_frequencies": lambda name: metrics.user_frequencies(
-            train.labels, train.user_index, splits[name].user_index, n_users),
-        "user_bias": lambda name: 1 / (1 + np.exp(-logits[name] - bias[splits[name].user_index])),
+
+    def biased(l2, name, fold=None):
+        """Scores of a split by the bias that is fitted on all folds but one."""
+        kept = val.text_index % folds != fold
+        bias = metrics.fit_user_bias(logits["val"][kept], val.labels[kept], val.user_index[kept], n_users, l2)
+        return 1 / (1 + np.exp(-logits[name] - bias[splits[name].user_index]))
+
+    strengths = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    systems = {  # name -> (strength, scores on val, scores on test)
+        "always_all": [(None, *(metrics.always_all(*part.labels.shape) for part in (val, test)))],
+        "user_frequencies": [(smoothing, *(metrics.user_frequencies(
+            train.labels, train.user_index, part.user_index, n_users, smoothing) for part in (val, test)))
+            for smoothing in strengths],
+        "user_bias": [(l2, np.choose((val.text_index % folds)[:, None], [
+            biased(l2, "val", fold) for fold in range(folds)]), biased(l2, "test")) for l2 in strengths],
     }
     result = {}
-    for name, of_split in predict.items():
-        thresholds = metrics.tune_thresholds(splits["val"].labels, of_split("val"))
-        rows = list(rows_of_scores(splits["test"], encoded, of_split("test")))
+    for name, ways in systems.items():
+        strength, on_val, on_test = min(ways, key=lambda way: metrics.log_loss(val.labels, way[1]))
+        rows = list(rows_of_scores(test, encoded, on_test))
+        thresholds = metrics.tune_thresholds(val.labels, on_val)
         result[name] = metrics.evaluate(rows, train.label_names, thresholds, unseen_users)
-        result[name]["scores"] = [row["scores"] for row in rows]
+        result[name] |= {"strength": strength, "scores": [row["scores"] for row in rows]}
     return result
 
 
@@ -945,9 +956,7 @@ def use_run(args, given, device):
         return show_users(run, config, texts, args.users, device)
     task, splits, report = load_splits(run)
     tokenizer = lora.load_tokenizer(run.model, run.revision)
-    anew = run.method == "cls" and not (run.out / "baselines_test.json").exists()  # they are fitted on train
-    encoded = {name: encode_split(run, tokenizer, task, splits, name)
-               for name in ("val", "test", *["train"] * anew)}
+    encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
     model = load_trained(run, len(task.label_names), device)
     check_inputs(args.run, config, report, model)
     beside = run.out != args.run  # the run's own predictions

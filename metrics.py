@@ -1,9 +1,9 @@
-"""The numbers: F1-macro and its companions, thresholds, intervals, baselines, gain, Tables I-III, figures.
+"""The numbers: F1-macro and its companions, thresholds, intervals, baselines, gain, Tables I-III.
 
 Source: "Personalized Large Language Models" (arXiv 2402.09269), section VII, and the rows of the audit.
 Arrays are numpy: N annotations, L labels; F1 is 0 to 1, and in percent in the tables.
 
-    python metrics.py tables runs/paper [--figures]      of the finished runs below a directory
+    python metrics.py tables runs/paper      of the finished runs below a directory; tests/show.py draws them
 
 A finished run is a directory with config.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
 run may hold baselines_test.json, {one of BASELINES: metrics and scores}. Does not predict or read a corpus.
@@ -12,7 +12,6 @@ run may hold baselines_test.json, {one of BASELINES: metrics and scores}. Does n
 import argparse
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,50 +118,48 @@ def log_loss(gold, scores, epsilon=1e-7):
     return float(-np.log(np.where(gold, scores, 1 - scores)).mean())
 
 
-def count_pairs(gold, scores, index, n_groups):
-    """Per group and label: pairs of one annotation that has the label and one that has not, and how many of
-    them have the higher score where it is, ties half. Shapes: (N, L), (N, L), (N,) -> (n_groups, 2, L).
+def count_opponents(gold, scores, index):
+    """Of each annotation and label: how many of its group answered otherwise, how many of these have their
+    score on the right side of its own, ties half. Shapes: gold, scores (N, L), index (N,) -> (N, 2, L).
     """
-    counts = np.zeros((n_groups, 2, gold.shape[1]))
-    for label in range(gold.shape[1]) if len(gold) else ():
+    counts = np.zeros((len(gold), 2, gold.shape[1]))
+    for label in range(gold.shape[1]):
         order = np.lexsort((scores[:, label], index))
         chosen, own, groups = gold[order, label], scores[order, label], index[order]
-        starts = np.flatnonzero(np.append(True, (np.diff(groups) != 0) | (np.diff(own) != 0)))
-        groups, tied = groups[starts], np.diff(np.append(starts, len(order)))  # equal scores are one place
-        positive = np.add.reduceat(chosen, starts, dtype=int)
-        below = np.cumsum(tied - positive) - (tied - positive)
-        below -= below[np.searchsorted(groups, groups)]  # of the same group
-        right = np.bincount(groups, positive * (below + (tied - positive) / 2), n_groups)
-        n_positive, n_all = np.bincount(groups, positive, n_groups), np.bincount(groups, tied, n_groups)
-        counts[:, :, label] = np.stack([n_positive * (n_all - n_positive), right], axis=1)
+        new = np.append(True, (np.diff(groups) != 0) | (np.diff(own) != 0))  # equal scores are one place
+        groups, place = groups[new], np.cumsum(new) - 1
+        here = np.add.reduceat([~chosen, chosen], np.flatnonzero(new), axis=1, dtype=int)
+        upto = np.cumsum(here, axis=1)
+        before = (upto - here)[:, np.searchsorted(groups, groups)]
+        of_group = upto[:, np.searchsorted(groups, groups, "right") - 1] - before
+        other = (1 - chosen, place)
+        n, below = of_group[other], (upto - before - here / 2)[other]
+        counts[order, :, label] = np.stack([n, np.where(chosen, below, n - below)], axis=1)
     return counts
 
 
-def count_disagreements(gold, scores, text_index, user_index, n_texts):
-    """`count_pairs` per text of two users each: without the pairs of two annotations by the same user."""
-    n_users = np.max(user_index, initial=0) + 1
-    own, own_index = np.unique(text_index * n_users + user_index, return_inverse=True)
-    counts = count_pairs(gold, scores, text_index, n_texts)
-    if len(own) < len(gold):
-        counts -= sum_by_group(count_pairs(gold, scores, own_index, len(own)), own // n_users, n_texts)
+def count_disagreements(gold, scores, text_index, user_index=None):
+    """`count_opponents` among other users' annotations of the text; without user_index each is another's."""
+    counts = count_opponents(gold, scores, text_index)
+    if user_index is not None:
+        _, own = np.unique([text_index, user_index], axis=1, return_inverse=True)
+        counts -= count_opponents(gold, scores, own) if own.max() + 1 < len(gold) else 0
     return counts
 
 
 def auc_from_counts(counts):
-    """The share of right pairs over all labels, then of each; NaN without: (..., 2, L) -> (..., 1 + L)."""
+    """The share on the right side, of all labels, then of each; NaN of none: (..., 2, L) -> (..., 1 + L)."""
     counts = np.concatenate([counts.sum(axis=-1, keepdims=True), counts], axis=-1)
     with np.errstate(invalid="ignore"):
         return counts[..., 1, :] / counts[..., 0, :]
 
 
 def disagreement_auc(gold, scores, text_index, user_index=None):
-    """How well the scores tell apart two users who differ on a label of the same text; NaN if there are none.
+    """Of two users of a text who differ on a label, how often the one who chose it has the higher score.
 
-    Without knowledge of the person it is 0.5, and no threshold can move it. Without user_index each
-    annotation is another user's. Shapes: gold, scores (N, L), indices (N,).
+    Without knowledge of the person it is 0.5, and no threshold can move it. NaN if no users differ.
     """
-    users, n_texts = np.arange(len(gold)) if user_index is None else user_index, np.max(text_index) + 1
-    counts = count_disagreements(gold, scores, text_index, users, n_texts)
+    counts = count_disagreements(gold, scores, text_index, user_index)
     return float(auc_from_counts(counts.sum(axis=0))[0])  # the person alone, where F1 has more: [choice.E7]
 
 
@@ -245,21 +242,26 @@ def to_arrays(rows, label_names):
 
 
 def disagreements(data):
-    """`count_disagreements` of what to_arrays returns; generated labels are in the order of the decision."""
-    scores = data.predicted if data.scores is None else data.scores
-    return count_disagreements(data.gold, scores * 1.0, data.text_index, data.user_index, len(data.text_ids))
+    """`count_disagreements` of to_arrays' result: generated labels are in the order of the decision."""
+    scores = data.predicted * 1.0 if data.scores is None else data.scores
+    return count_disagreements(data.gold, scores, data.text_index, data.user_index)
 
 
 def describe_disagreement(data, label_names):
-    """disagreement_auc, overall and per label, with 95% intervals over texts; None where no users differ."""
+    """disagreement_auc of all, of labels and users, with intervals over texts; None where no one differs."""
+    def number(value):
+        return None if np.isnan(value) else float(value)
+
     counts = disagreements(data)
-    auc, samples = auc_from_counts(counts.sum(axis=0)), auc_from_counts(resample(counts))
-    values = [None if np.isnan(own) else float(own) for own in auc]
-    intervals = [own if own is None else interval(samples[:, k]) for k, own in enumerate(values)]
-    return {"disagreement_auc": values[0], "disagreement_auc_interval": intervals[0],
-            "disagreement_auc_per_label": dict(zip(label_names, values[1:])),
+    auc, per_user = (auc_from_counts(own) for own in (
+        counts.sum(axis=0), sum_by_group(counts, data.user_index, len(data.user_ids))))
+    samples = auc_from_counts(resample(sum_by_group(counts, data.text_index, len(data.text_ids)))).T
+    intervals = [None if np.isnan(own) else interval(drawn) for own, drawn in zip(auc, samples)]
+    return {"disagreement_auc": number(auc[0]), "disagreement_auc_interval": intervals[0],
+            "disagreement_auc_per_label": dict(zip(label_names, map(number, auc[1:]))),
             "disagreement_auc_per_label_interval": dict(zip(label_names, intervals[1:])),
-            "n_disagreements": int(counts[:, 0].sum())}
+            "disagreement_auc_per_user": dict(zip(data.user_ids.tolist(), map(number, per_user[:, 0]))),
+            "n_disagreements": int(counts[:, 0].sum()) // 2}
 
 
 def evaluate(rows, label_names, thresholds=None, unseen_users=()):
@@ -387,6 +389,10 @@ AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precision", "log_loss",
          "f1_user_mean")  # its rows
 RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
+UNITS = {"disagreement_auc": "points", "log_loss": "nats", "seconds": "s"}  # of the others: percent
+CLAIMS = {"the User ID raises F1, thresholds tuned": "tuned [%]",
+          "it is worth more than a habit of each user": "auc over bias [points]",
+          "it helps with users held out of training": "unseen [%]"}
 FOOTNOTE = """\
 All times 100, but for seconds and log-loss: mean over seeds [95% interval over texts and seeds, paired for
 gains]; gains in percent, of disagreement_auc in points: of two users who differ on a text's label, how often
@@ -402,7 +408,8 @@ def resampled(data, own, name):
     part = SimpleNamespace(**vars(data) | {key: vars(data)[key][chosen] for key in per_row
                                            if vars(data)[key] is not None})
     if name == "disagreement_auc":
-        return 100 * auc_from_counts(resample(disagreements(part)))[:, 0]
+        counts = sum_by_group(disagreements(part), part.text_index, len(data.text_ids))
+        return 100 * auc_from_counts(resample(counts))[:, 0]
     if name in ("f1_macro", "f1_macro_tuned"):
         predicted = part.predicted if name == "f1_macro" else part.scores >= np.array(own["thresholds"])
         counts = count(part.gold, predicted, part.text_index, len(data.text_ids))
@@ -418,13 +425,13 @@ def measure(runs, part="", name="f1_macro"):
     parts = [run.metrics.get(part, {}) if part else run.metrics for run in runs]
     if not runs or any(own.get(name) is None for own in parts):
         return {}
-    per_seed = [(1 if name in ("seconds", "log_loss") else 100) * own[name] for own in parts]
+    per_seed = [(1 if UNITS.get(name) in ("s", "nats") else 100) * own[name] for own in parts]
     samples = [resampled(run.data, own, name) for run, own in zip(runs, parts)]
     cell = {"value": float(np.mean(per_seed)), "per_seed": per_seed, "seeds": [run.seed for run in runs],
             "n": [own["n_annotations"] for own in parts if "n_annotations" in own],
             "on": {run.annotations for run in runs}}
-    if name == "disagreement_auc":
-        cell["unit"] = "points"
+    if name in UNITS:
+        cell["unit"] = UNITS[name]
     if samples[0] is not None:
         drawn = np.random.default_rng(0).integers(len(runs), size=np.shape(samples))  # seeds: [choice.T11]
         cell["samples"] = np.take_along_axis(np.array(samples), drawn, axis=0).mean(axis=0)
@@ -433,18 +440,18 @@ def measure(runs, part="", name="f1_macro"):
 
 def compare(cell, base):
     """The cell of a gain: paired, so there is none between runs on different annotations."""
-    change = {}
+    change, points = {}, cell.get("unit") == "points"
     for key in ("value", "samples", "paper"):  # by the paper's scores, not its "up to 165%": [choice.E6]
         if key in cell and np.all(base.get(key, 0)) and (key == "paper" or cell["on"] == base["on"]):
-            change[key] = cell[key] - base[key] if "unit" in cell else gain(cell[key], base[key])
-    return change
+            change[key] = cell[key] - base[key] if points else gain(cell[key], base[key])
+    return change | ({"unit": "points"} if change and points else {})
 
 
 def add_gains(rows, pairs):
     """The rows that are not empty, with the gain of each (personalised, baseline) pair, n and seeds."""
     rows = {name: row for name, row in rows.items() if any(row.values())}
     for row in rows.values():
-        ran = [cell for cell in row.values() if "value" in cell]
+        ran = [cell for cell in row.values() if "n" in cell]
         row |= {f"{own} over {base} [%]": compare(row[own], row[base]) for own, base in pairs}
         for key in ("n", "seeds"):
             row[key] = {"text": ", ".join(dict.fromkeys(str(own) for cell in ran for own in cell[key]))}
@@ -455,13 +462,39 @@ def add_gains(rows, pairs):
     return rows
 
 
+def worth(models, model):
+    """One row that answers what the person is worth to a model; users held out are those of its variant."""
+    def cells(methods, part, key):
+        return [measure(methods.get(name, ()), part, key) for name in ("clsp", "cls", "user_bias")]
+
+    methods = models[model]
+    held_out = [own for name, own in models.items() if name.startswith(f"{model} (unseen_users")]
+    half, tuned, auc = (cells(methods, "", key) for key in ("f1_macro", "f1_macro_tuned", "disagreement_auc"))
+    unseen = cells([methods, *held_out][-1], "unseen", "f1_macro_tuned")
+    return {"at 0.5 [%]": compare(*half[:2]), "tuned [%]": compare(*tuned[:2]),
+            "over bias [%]": compare(*tuned[::2]), "unseen [%]": compare(*unseen[:2]), "auc cls": auc[1],
+            "auc bias": auc[2], "auc clsp": auc[0], "auc over bias [points]": compare(*auc[::2])}
+
+
+def sentences(report):
+    """Three sentences on what each row of the tables of `worth` supports, by its intervals."""
+    for title, model, row in ((title, *item) for title, rows in report.items() for item in rows.items()):
+        for claim, column in CLAIMS.items() if title.startswith("The person") else ():
+            low, high = row[column].get("interval", (np.nan, np.nan))
+            verdict = ("supported" if low > 0 else "contradicted" if high < 0 else
+                       "cannot be told" if low <= 0 else "not measured")
+            yield f"- {title[12:]}, {model}: {claim}: {verdict}: {column} {format_cell(row[column], '+')}"
+
+
 def format_cell(cell, sign=""):
     """A cell as text: value [interval] (range of the seeds; the paper's value)."""
+    digits = 4 if cell.get("unit") == "nats" else 2
     text = cell.get("text", "not run" if "paper" in cell and not sign else "-")
-    text = f"{cell['value']:{sign}.2f}" if "value" in cell else text
+    text = f"{cell['value']:{sign}.{digits}f}" if "value" in cell else text
     text += " [{:{s}.2f}, {:{s}.2f}]".format(*cell["interval"], s=sign) if "interval" in cell else ""
+    text += " points" if sign and cell.get("unit") == "points" else ""
     seeds = cell.get("per_seed", ())
-    text += f" (seeds {min(seeds):.2f}..{max(seeds):.2f})" if len(seeds) > 1 else ""
+    text += f" (seeds {min(seeds):.{digits}f}..{max(seeds):.{digits}f})" if len(seeds) > 1 else ""
     if "paper" in cell:
         low, high = cell.get("interval", (cell["paper"], cell["paper"]))
         text += f" (paper {cell['paper']:{sign}.2f}{'' if low <= cell['paper'] <= high else ', differs'})"
@@ -474,7 +507,7 @@ def markdown(report):
         for row in [*rows.values()][:1]:
             yield from (f"\n## {title}\n", f"| | {' | '.join(row)} |", "| --- " * (1 + len(row)) + "|")
         for name, row in rows.items():
-            cells = [format_cell(cell, "+" if "[%]" in column else "") for column, cell in row.items()]
+            cells = [format_cell(cell, "+" if "[" in column else "") for column, cell in row.items()]
             yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -502,7 +535,9 @@ def tables(runs_dir):
                     for part in ("", "seen", "unseen") for key in AUDIT}
             pairs = [("clsp", name) for name in names[1:] if "clsp" in names]
             report[f"Auditor's table. {dataset}, {model}"] = add_gains(rows, pairs)
-    text = "\n".join([*markdown(report), FOOTNOTE])
+        rows = {model: worth(models, model) for model in models if {"cls", "clsp"} <= models[model].keys()}
+        report[f"The person. {dataset}"] = add_gains(rows, [])
+    text = "\n".join([*markdown(report), "", *sentences(report), FOOTNOTE])
     for name, content in (("tables.md", text), ("tables.json", json.dumps(report, indent=1))):
         temporary = Path(runs_dir, f"{name}.tmp")
         temporary.write_text(content, encoding="utf-8")
@@ -510,64 +545,14 @@ def tables(runs_dir):
     return text
 
 
-def draw_model(gains, learning, users, cells, methods):
-    """A model's gains (Figures 2 and 3), learning curves, and each user's F1 with `clsp` against `cls`."""
-    for column, cell in cells.items():
-        gains.barh(column, cell.get("value", 0), color="C0")
-        gains.plot(cell.get("interval", [0, 0]), [column] * 2, "k", linewidth=2)
-        gains.plot(cell.get("paper", np.nan), column, "kD")
-    gains.set(xlabel="gain in F1-macro, 95% interval (diamond: the paper's)")
-    trained = [run for name, runs in methods.items() if name not in BASELINES for run in runs]
-    runs = [run for run in trained if run.log.exists()]
-    for n, run in enumerate(runs):
-        for key, style, label in (("loss", "-", f"{run.method}, seed {run.seed}"), ("val_loss", "o", None)):
-            try:
-                curve = [(float(row["step"]), float(row[key])) for row in read_predictions(run.log)
-                         if key in row]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{run.log} is damaged ({error!r}): restore or remove it") from None
-            points = [np.mean(part, axis=0) for part in np.array_split(curve, min(len(curve), 30) or 1)]
-            learning.plot(*np.reshape(points, (-1, 2)).T, style, color=f"C{n}", label=label, alpha=0.7)
-    learning.set(xlabel="optimizer step", ylabel="loss: training (means), validation (dots)", yscale="log")
-    learning.legend(fontsize="small", handles=learning.lines[::2])
-    both = [[run.metrics["f1_per_user"] for run in methods.get(name, ())] for name in ("cls", "clsp")]
-    ids = set.intersection(*({*own} for runs in both for own in runs)) if all(both) else ()
-    x, y = ([np.mean([own[user] for own in runs]) for user in ids] for runs in both)
-    users.plot([0, 1], [0, 1], color="grey")
-    users.scatter(x, y, alpha=0.6)
-    users.set(xlabel="cls: F1 of a user", ylabel=f"clsp, better for {np.greater(y, x).sum()} of {len(ids)}")
-
-
-def figures(runs_dir):
-    """The PNGs drawn after `tables`: one per data set, a row per model. Raises: ValueError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--figures needs matplotlib: pip install matplotlib") from error
-    report, paths = json.loads(Path(runs_dir, "tables.json").read_bytes()), []
-    for dataset, models in collect(runs_dir).items():
-        rows = [report[f"Table {number}. {dataset}"] for number in ("I", "II")]
-        gains = {model: {name: cell for row in rows for name, cell in row.get(model, {}).items()
-                         if "[%]" in name and cell} for model in models}
-        shown = [model for model in models if gains[model]] or [*models]
-        figure = Figure(figsize=(16, 4.5 * len(shown)), layout="constrained")
-        for panels, model in zip(figure.subplots(len(shown), 3, squeeze=False), shown):
-            draw_model(*panels, gains[model], models[model])
-            panels[1].set_title(f"{dataset}: {model}")
-        paths.append(Path(runs_dir, re.sub(r"\W+", "_", f"figures {dataset}").strip("_") + ".png"))
-        figure.savefig(paths[-1], dpi=100)
-    return paths
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Tables and figures of finished runs.", allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("command", choices=["tables"], help="print Tables I-III and the auditor's")
     parser.add_argument("runs_dir", help="finished runs at any depth; gets tables.md and tables.json")
-    parser.add_argument("--figures", action="store_true", help="also draw the figures (PNG)")
     args = parser.parse_args(argv)
     try:
-        print(tables(args.runs_dir), *(figures(args.runs_dir) if args.figures else ()), sep="\n")
+        print(tables(args.runs_dir))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -45,7 +45,7 @@ MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's 
     ("choice.E4", "np.maximum(2 * true + false + missed, 1)", "(2 * true + false + missed)"),
     ("choice.E1", "data.scores >= np.asarray(thresholds)", "data.scores >= 0.5"),
     ("choice.E6", "gain(cell[key], base[key])", "gain(base[key], cell[key])"),
-    ("choice.E7", "positive * (below + (tied - positive) / 2)", "positive * (below + (tied - positive))"),
+    ("choice.E7", "upto - before - here / 2", "upto - before - here"),
     ("choice.T11", "integers(len(runs), size", "integers(1, size"),
     ("choice.D1", "few = counts() < min_share", "few = counts() <= min_share"),
     ("choice.D2", "np.argwhere(n > max_share * most)", "np.argwhere(n > most)"),

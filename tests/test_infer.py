@@ -5,12 +5,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import method_map
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.optimize import brentq
+from sklearn.metrics import log_loss
 
 import data
 import infer
@@ -185,6 +188,45 @@ def test_baselines_of_a_cls_run_stand_beside_it(finished):
     expected = np.mean([2 * p / (1 + p) for p in share])  # precision p, recall 1
     assert baselines["always_all"]["f1_macro"] == pytest.approx(expected, abs=1e-9)
     assert set(baselines) == {"always_all", "user_frequencies", "user_bias"}
+
+
+def some_annotations(labels, n_texts, users):
+    """Every user labels every text."""
+    users_of = np.tile(np.arange(len(users)), n_texts)
+    texts = [f"text {k}" for k in range(n_texts)]
+    return data.Annotations(texts, texts, users, np.repeat(np.arange(n_texts), len(users)), users_of, labels,
+                            ("anger", "joy"))
+
+
+def test_the_bias_is_fitted_on_validation_with_the_strength_that_other_folds_prefer():
+    """Where all scores are 0.5, the bias b of n answers y has l2 b = sum(y - sigmoid(b)): by bisection."""
+    generator, users = np.random.default_rng(0), ["4", "37", "5"]
+    habits = np.tile([[0.9, 0.1], [0.2, 0.6], [0.5, 0.5]], (20, 1))
+    splits = {name: some_annotations(generator.random((60, 2)) < habits, 20, users)
+              for name in ("train", "val", "test")}
+    splits["train"].labels[:] = True  # on what the model was trained on, no bias is left to learn
+    val, scores = splits["val"], {name: np.full((60, 2), 0.5) for name in ("val", "test")}
+
+    def fitted(l2, rows):
+        bias = np.zeros((3, 2))
+        for user, label in itertools.product(range(3), range(2)):
+            y = val.labels[rows & (val.user_index == user), label]
+            bias[user, label] = brentq(lambda b, y=y: l2 * b - (y - 1 / (1 + np.exp(-b))).sum(), -50, 50)
+        return 1 / (1 + np.exp(-bias[val.user_index]))
+
+    losses = {}
+    for l2 in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
+        held_out = np.zeros((60, 2))
+        for fold in range(5):
+            own = val.text_index % 5 == fold
+            held_out[own] = fitted(l2, ~own)[own]
+        losses[l2] = log_loss(val.labels.ravel(), held_out.ravel())
+    encoded = SimpleNamespace(hashes=[""] * 60, prompt_index=np.arange(60))
+    found = infer.evaluate_baselines(splits, scores, encoded)["user_bias"]
+    assert found["strength"] == min(losses, key=losses.get) and 0.1 < found["strength"] < 100
+    expected = fitted(found["strength"], val.user_index >= 0)
+    assert np.array(found["scores"]) == pytest.approx(expected, abs=1e-5)
+    assert found["disagreement_auc"] > 0.5
 
 
 def test_evaluating_a_run_again_gives_its_metrics(finished, capsys):

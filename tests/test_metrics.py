@@ -181,8 +181,8 @@ def test_disagreement_auc_equals_every_pair_compared(n, n_texts, n_users, seed):
     texts, users = generator.integers(n_texts, size=n), generator.integers(n_users, size=n)
     found = pairs_by_brute_force(gold, scores, texts, users)
     expected = [sum(found.values(), []), *found.values()]
-    counts = metrics.count_disagreements(gold, scores, texts, users, n_texts)
-    assert counts[:, 0].sum(axis=0).tolist() == [*map(len, found.values())]
+    counts = metrics.count_disagreements(gold, scores, texts, users)  # a pair counts twice
+    assert (counts[:, 0].sum(axis=0) / 2).tolist() == [*map(len, found.values())]
     assert metrics.auc_from_counts(counts.sum(axis=0)) == pytest.approx(
         [np.mean(own) if own else np.nan for own in expected], nan_ok=True)
     assert metrics.disagreement_auc(gold, scores, texts, users) == pytest.approx(
@@ -200,6 +200,7 @@ def test_disagreement_auc_by_hand():
     assert result["disagreement_auc_per_label"] == {"anger": 0.75, "joy": 1.0, "love": 1.0}
     low, high = result["disagreement_auc_interval"]
     assert 0.75 <= low < 5.5 / 6 < high <= 1.0
+    assert result["disagreement_auc_per_user"] == pytest.approx({"4": 5.5 / 6, "37": 5.5 / 6})
 
 
 def test_a_model_without_the_person_has_exactly_a_half_and_generated_labels_are_ordered_by_the_decision():
@@ -228,7 +229,7 @@ def test_resampled_disagreement_auc_is_that_of_the_drawn_texts_and_paired_with_f
     gold, _, scores = some_predictions(n=120)
     generator = np.random.default_rng(3)
     texts, users = generator.integers(40, size=120), generator.integers(6, size=120)
-    counts = metrics.count_disagreements(gold, scores, texts, users, 40)
+    counts = metrics.sum_by_group(metrics.count_disagreements(gold, scores, texts, users), texts, 40)
     ours = metrics.auc_from_counts(metrics.resample(counts, resamples=3, seed=5))[:, 0]
     generator, expected = np.random.default_rng(5), []
     for _ in range(3):
@@ -542,18 +543,31 @@ def test_the_auditors_table_compares_with_baselines_and_for_unseen_users(tmp_pat
     assert left["interval"][0] < left["value"] < left["interval"][1]
     assert all(row["clsp over user_bias [%]"] == row["clsp over cls [%]"] for row in rows.values())
     assert "always_all" not in rows["f1_macro"]
+    auc, loss = rows["disagreement_auc"], rows["log_loss"]["clsp"]  # a difference in points; nats as they are
+    points = 100 * (clsp["disagreement_auc"] - cls["disagreement_auc"])
+    assert auc["clsp over cls [%]"]["value"] == pytest.approx(points)
+    assert metrics.format_cell(auc["clsp over cls [%]"], "+").endswith(" points")
+    assert loss["value"] == clsp["log_loss"] and metrics.format_cell(loss) == f"{clsp['log_loss']:.4f}"
 
 
-def test_figures_are_drawn_for_every_data_set(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_what_the_person_is_worth_stands_in_one_row_with_three_sentences(tmp_path):
+    """Intervals wholly above 0 support a claim, wholly below contradict it, others tell nothing."""
+    rows = {}
     for method, flip in (("cls", 0.3), ("clsp", 0.1)):
-        write_run(tmp_path / method, method, "mistral", flip)
-    write_run(tmp_path / "tiny", "q0s", "/tiny/phi", 0.2, note="synthetic, tiny")
-    (tmp_path / "tiny" / "log.jsonl").unlink()
-    metrics.tables(tmp_path)
-    names = ["figures_goemotions.png", "figures_goemotions_synthetic_tiny.png"]
-    assert metrics.figures(tmp_path) == [tmp_path / name for name in names]
-    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in names)
+        rows[method] = write_run(tmp_path / method, method, "smol", flip, "x/convabuse.csv")
+    write_run(tmp_path / "held/cls", "cls", "smol", 0.1, "x/convabuse.csv", unseen_users=0.1)
+    write_run(tmp_path / "held/clsp", "clsp", "smol", 0.3, "x/convabuse.csv", unseen_users=0.1)
+    text = metrics.tables(tmp_path)
+    person = table(tmp_path, "The person. convabuse (not the setting of the paper)")["smol"]
+    for column, key in (("at 0.5 [%]", "f1_macro"), ("tuned [%]", "f1_macro_tuned")):
+        expected = metrics.gain(rows["clsp"][key], rows["cls"][key])
+        assert person[column]["value"] == pytest.approx(expected)
+    assert person["auc clsp"]["value"] == pytest.approx(100 * rows["clsp"]["disagreement_auc"])
+    assert person["unseen [%]"]["value"] < 0 < person["tuned [%]"]["value"]  # of the run with users held out
+    lines = [line for line in text.splitlines() if ", smol: " in line]
+    assert ["supported" in lines[0], "not measured" in lines[1], "contradicted" in lines[2]] == [True] * 3
+    person["tuned [%]"]["interval"] = [-1, 1]
+    assert "cannot be told" in next(metrics.sentences({"The person. x": {"smol": person}}))
 
 
 # ---- The command line ----
@@ -571,13 +585,6 @@ def test_a_missing_directory_and_one_without_runs_are_one_line_and_exit_2(tmp_pa
     assert "no finished run" in one_line_of_error(capsys, "tables", tmp_path)
 
 
-def test_without_matplotlib_the_tables_are_still_written(tmp_path, capsys, monkeypatch):
-    write_run(tmp_path / "cls", "cls", "mistral", 0.3)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib" in one_line_of_error(capsys, "tables", tmp_path, "--figures")
-    assert (tmp_path / "tables.md").exists()
-
-
 @pytest.mark.parametrize("name, content, message", [
     ("config.json", "{", "config.json"), ("predictions_test.jsonl", "", "predictions_test.jsonl"),
     ("baselines_test.json", "nope", "baselines_test.json"), ("metrics_test.json", "[]", "TypeError"),
@@ -591,17 +598,7 @@ def test_a_malformed_file_of_a_run_is_one_line_and_exit_2(tmp_path, capsys, name
     assert not (tmp_path / "tables.md").exists()
 
 
-@pytest.mark.parametrize("line", [
-    '"loss"', '{"loss": 1}', '{"step": 1, "loss": "x"}', '{"step": {}, "loss": 1}'])
-def test_a_damaged_log_is_one_line_when_figures_are_drawn(tmp_path, capsys, line):
-    pytest.importorskip("matplotlib")
-    write_run(tmp_path / "run", "cls", "mistral", 0.3)
-    with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write(line + "\n")
-    assert "log.jsonl is damaged" in one_line_of_error(capsys, "tables", tmp_path, "--figures")
-
-
-@pytest.mark.parametrize("arguments", [["tables"], ["table", "runs"], ["tables", "runs", "--figure"], []])
+@pytest.mark.parametrize("arguments", [["tables"], ["table", "runs"], ["tables", "runs", "--figures"], []])
 def test_unknown_or_abbreviated_arguments_exit_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         metrics.main(arguments)
