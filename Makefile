@@ -18,6 +18,7 @@ help:
 	@echo "make setup       .venv with the exact versions of requirements*.txt (the other targets call it)"
 	@echo "make test        the tests: CPU, no network"
 	@echo "make reproduce   [PROFILE=tiny|small|paper] [SEEDS='1 2 3'] [MODEL=DIR] [DATA=DIR] [CSV=annotations.csv]"
+	@echo "make tour        runs/tour.html: the method in 18 stops, paper beside code beside an example"
 	@echo "make bench       speed and memory beside transformers Trainer + peft, in the same run"
 	@echo "make chaos       kills and faults, many of them; what was lost"
 	@echo "make lint        ruff and mypy"
@@ -112,6 +113,11 @@ reproduced: plan
 	@$(BIN)/python tests/show.py $(RUNS)
 	@$(BIN)/python tests/plan.py $(PROFILE) --missing
 
+tour: setup
+	@$(MAKE) --no-print-directory -j 2 PROFILE=tiny \
+	  $(foreach m,cls clsp lmp,runs/tiny/unhealthy/mistral/$m/1/metrics_test.json)
+	$(BIN)/python tests/tour.py --runs runs/tiny
+
 bench: setup
 	$(BIN)/python tests/bench/bench.py --results results/bench.jsonl $(BENCH)
 	$(BIN)/python tests/bench/data.py $(if $(wildcard $(MODEL)),--tokenizer $(MODEL)) --long_rows 10000000 --results results/bench.jsonl
@@ -125,4 +131,4 @@ chaos: setup
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help setup test lint plan cells reproduce reproduced bench chaos clean
+.PHONY: help setup test lint plan cells reproduce reproduced tour bench chaos clean

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import method_map  # noqa: E402
+import tour  # noqa: E402
 
 import lora  # noqa: E402
 import metrics  # noqa: E402
@@ -129,7 +130,7 @@ def tiny_block():
 
 
 PAGES = {  # file -> the blocks that it has
-    "README.md": {"files": files_block, "tiny": tiny_block},
+    "README.md": {"files": files_block, "tiny": tiny_block, "tour": tour.stop_list},
     "results/README.md": {"map": method_map.rows, "ledger": ledger_block, "bench": bench_block,
                           "reliability": reliability_block},
 }
