@@ -866,8 +866,8 @@ def shorten(tokenizer, before, text, after, max_length, special=True):
     if (over := excess("")) > 0:
         raise ValueError(f"--max_length {max_length} is less than the {max_length + over} tokens of a prompt "
                          "without its text; raise it")
-    starts = [start for start, _ in tokenizer(text, add_special_tokens=False,
-                                              return_offsets_mapping=True)["offset_mapping"]]
+    starts = [start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"]] if tokenizer.is_fast else range(len(text) + 1)  # ByT5's has no offsets
     keep = min(-over, len(starts) - 1)  # tokens of the text, but for those that merge with the template's
     while keep > 0 and excess(text[: starts[keep]]) > 0:
         keep -= 1

@@ -148,12 +148,38 @@ def example_pool(args, splits):
     return data.example_pool(pool) if METHODS[args.method].shots else None
 
 
+def load_tokenizer(args):
+    """The tokenizer of a run's model, whose config is judged, too; args.commit is what --revision stands for.
+
+    A run that goes on keeps the commit that it was started with.
+    """
+    def work():
+        path, commit = args.out / "config.json", getattr(args, "commit", None)
+        old = read_config(path) if path.exists() else {"arguments": {}}
+        if all(old["arguments"].get(name) == getattr(args, name) for name in ("model", "revision")):
+            commit = commit or old.get("model_commit")
+        commit = commit or lora.commit_of(args.model, args.revision)
+        tokenizer = lora.load_tokenizer(args.model, commit or args.revision)
+        tokenizer.n_embeddings = lora.load_config(args.model, commit or args.revision).vocab_size
+        return commit, tokenizer
+
+    args.commit, tokenizer = lora.by_turns(work)
+    return tokenizer
+
+
 def encode_split(args, tokenizer, task, splits, split, say=print):
     """Returns the Encoded of one split; says what was shortened and who has too few examples."""
     method = METHODS[args.method]
     encoded = data.encode(
         tokenizer, task, method, splits[split], args.max_length, example_pool(args, splits), args.split_seed,
         train_eos=follows(args)["T2"] == "paper", chat_template=getattr(args, "chat_template", False))
+    unknown, highest = (encoded.ids == tokenizer.unk_token_id).mean(), encoded.ids.max(initial=0)
+    if not encoded.lengths.all() or unknown > 0.25:
+        raise ValueError(f"the tokenizer of --model {args.model} turns {unknown:.0%} of the prompts into "
+                         f"{tokenizer.unk_token!r}, or some into nothing: restore its files")
+    if highest >= getattr(tokenizer, "n_embeddings", math.inf):
+        raise ValueError(f"--model {args.model} has embeddings of {tokenizer.n_embeddings} tokens, but its "
+                         f"tokenizer writes token {highest}: they are not of one model")
     if encoded.n_shortened:
         say(f"{split}: {encoded.n_shortened} prompts are shortened to {args.max_length} tokens")
     if encoded.n_too_few:
@@ -163,7 +189,8 @@ def encode_split(args, tokenizer, task, splits, split, say=print):
 
 def arguments_of(args):
     """Every argument by name, as JSON has it."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+             if name != "commit"}
     return plain | {"follow": follows(args)}
 
 
@@ -172,7 +199,7 @@ def build(args, n_labels, device):
     torch.manual_seed(args.seed)  # before any weight is drawn, the same on all processes
     family = METHODS[args.method].family
     model = lora.build_model(args.model, family, n_labels, args.quantize, lora.DTYPES[args.dtype], device,
-                             args.revision)
+                             getattr(args, "commit", None) or args.revision)
     if family == "query":
         return model, []
     model.last_layer_trains = family == "cls" or follows(args)["T4"] == "released"  # [choice.T4]
@@ -195,7 +222,7 @@ def describe_run(args, report, model=None):
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "arguments": arguments_of(args), "note": args.note, "commit": commit or None,
-        "model_commit": getattr(getattr(model, "config", None), "_commit_hash", None),
+        "model_commit": getattr(args, "commit", None),
         "model_fingerprint": getattr(model, "fingerprint", None),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__, "numpy": np.__version__},
@@ -317,9 +344,14 @@ def in_parts(compute, batch):
     return in_parts(compute, batch[:half]) + in_parts(compute, batch[half:])
 
 
-def shared_prefix(model, encoded):
-    """The tokens that the model can read once for all prompts: none of an encoder's."""
-    return data.shared_prefix(encoded) if model.shares_prefix else 0
+def shared_prefix(model, encoded, limit=0):
+    """The tokens that the model can read once for all prompts: none of an encoder's.
+
+    Before a response of up to `limit` tokens none either, if a window is shorter: it would count the padding
+    that decoding leaves behind the prefix.
+    """
+    fits = not limit or encoded.lengths.max() + limit <= model.window
+    return data.shared_prefix(encoded) if model.shares_prefix and fits else 0
 
 
 # ---- Scores of a classifier ----
@@ -361,11 +393,11 @@ class LabelSequences:
     another one does. Raises: ValueError if the tokenizer writes a label in different ways behind others.
     """
 
-    def __init__(self, tokenizer, label_names, none=False):
+    def __init__(self, tokenizer, label_names, none=False, ends=()):
         def ids(*names):
             return tokenizer("\n" + ", ".join(names), add_special_tokens=False)["input_ids"]
 
-        self.end, self.moves = tokenizer.eos_token_id, {}
+        self.end, self.ends, self.moves = tokenizer.eos_token_id, {tokenizer.eos_token_id, *ends}, {}
         self.first, self.following = [ids(name) for name in label_names], [None] * len(label_names)
         for j, name in enumerate(label_names):
             for before, written in zip(label_names[:j], self.first, strict=False):
@@ -386,7 +418,7 @@ class LabelSequences:
                 if n < len(tokens):
                     moves.setdefault(tokens[n], set()).add((before, j, n + 1))
                 else:
-                    moves.setdefault(self.end, set())
+                    moves |= {end: set() for end in self.ends}
                     for k in range(j + 1, len(self.following)):
                         moves.setdefault(self.following[k][0], set()).add((j, k, 1))
             if not moves:
@@ -412,15 +444,16 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     only, whose forced tokens cost a decoder no step.
     """
     model.eval()
-    sequences = LabelSequences(tokenizer, label_names, encoded.none) if constrain else None
+    ends = {tokenizer.eos_token_id} | model.end_tokens
+    sequences = LabelSequences(tokenizer, label_names, encoded.none, ends) if constrain else None
     limit, lengths = longest_response(tokenizer, label_names), encoded.lengths
-    prefix = shared_prefix(model, encoded)
+    prefix = shared_prefix(model, encoded, limit)
     mine = np.argsort(lengths, kind="stable")[processes.rank:: processes.world_size]
     batches, responses, steps = data.micro_batches(lengths + limit, mine, 4 * tokens_per_batch), {}, 0
 
     def compute(batch):
-        return decode(model, [encoded.prompt(m) for m in batch], prefix, processes.device, limit,
-                      tokenizer.eos_token_id, sequences)
+        prompts = [encoded.prompt(m) for m in batch]
+        return decode(model, prompts, prefix, processes.device, limit, ends, sequences)
 
     for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
         for part, (written, batch_steps) in in_parts(compute, batch):
@@ -431,11 +464,12 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
     return [responses[m] for m in range(len(lengths))], sum(from_all(steps))
 
 
-def decode(model, prompts, prefix, device, limit, end, sequences=None):
+def decode(model, prompts, prefix, device, limit, ends, sequences=None):
     """Greedy decoding of one batch; returns (token ids of each response without its end, decoding steps).
 
     What a row has yet to read, its prompt at first, is `pending`; rows are aligned at their last token, and
-    the mask hides the padding that this leaves between them.
+    the mask hides the padding that this leaves between them. Without a prefix there is padding at the left
+    alone, as forced tokens are read one by one: what counts tokens by their place stays right.
     """
     n, decoder, cache, steps = len(prompts), not model.config.is_encoder_decoder, None, 0
     written, running = [[] for _ in prompts], [True] * n
@@ -456,14 +490,14 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
 
     def write(row, token):
         pending[row].append(token)
-        running[row] = token != end and len(written[row]) < limit
+        running[row] = token not in ends and len(written[row]) < limit
         if running[row]:
             written[row].append(token)
             if sequences:
                 states[row] = sequences.allowed(states[row])[token]
 
     while True:
-        for row in range(n) if sequences and decoder else ():
+        for row in range(n) if sequences and prefix else ():
             while running[row] and len(choices := sequences.allowed(states[row])) == 1:
                 write(row, *choices)  # forced
         if not any(running):
@@ -486,7 +520,7 @@ def decode(model, prompts, prefix, device, limit, end, sequences=None):
             raise ValueError("the model's logits are NaN; use --dtype bf16 or fp32")
         best = logits.argmax(-1).tolist()
         for row in range(n):
-            pending[row] = [] if running[row] else [end]  # what a finished row reads does not matter
+            pending[row] = [] if running[row] else [*ends][:1]  # what a finished row reads does not matter
             if running[row]:
                 choices = sequences.allowed(states[row]) if sequences else ()
                 write(row, max(choices, key=logits[row].__getitem__) if sequences else best[row])
@@ -901,7 +935,8 @@ def load_run(directory, given):
         metrics.read_checked(path.parent, "config.json")
     elif path.with_name("checkpoint").exists():
         raise ValueError(f"--run {directory} is not finished: start its train.py command again")
-    args = argparse.Namespace(**read_config(path)["arguments"])
+    config = read_config(path)
+    args = argparse.Namespace(**config["arguments"], commit=config.get("model_commit"))
     args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
     if given.get("constrain", args.constrain) != args.constrain and "out" not in given:
         raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")
@@ -924,7 +959,7 @@ def show_users(args, config, texts, users, device):
     names, train, n = task.label_names, splits["train"], len(users)
     if strangers := sorted(set(users) - {train.users[k] for k in np.unique(train.user_index)}):
         print(f"unseen in training, so only a guess: users {', '.join(strangers)}")
-    tokenizer, model = lora.load_tokenizer(args.model, args.revision), load_trained(args, len(names), device)
+    tokenizer, model = load_tokenizer(args), load_trained(args, len(names), device)
     check_inputs(args.out, config, report, model)
     asked = data.Annotations(
         [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
@@ -955,7 +990,7 @@ def use_run(args, given, device):
             raise ValueError("give --text or --text_file with a text, and --users, the IDs of who labels it")
         return show_users(run, config, texts, args.users, device)
     task, splits, report = load_splits(run)
-    tokenizer = lora.load_tokenizer(run.model, run.revision)
+    tokenizer = load_tokenizer(run)
     encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
     model = load_trained(run, len(task.label_names), device)
     check_inputs(args.run, config, report, model)
@@ -973,7 +1008,7 @@ def use_run(args, given, device):
 def query_model(args, device):
     """Asks an untrained local model; returns the metrics of what it answers."""
     lora.check_by_name(args.model, args.dtype, device)
-    tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
+    tokenizer = load_tokenizer(args)  # a wrong name is told before any work
     lock, old = claim_out(args)
     if is_finished(args, old, args.split):
         return None

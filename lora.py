@@ -11,31 +11,46 @@ Does not train (train.py) and does not know prompts or data.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
+import datetime
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
 import re
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
-from transformers.utils import cached_file
+from transformers.pytorch_utils import Conv1D
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for kernels we do not need
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: what becomes of them is an error
 import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes import matmul_4bit  # noqa: E402
 
@@ -49,9 +64,11 @@ MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C, billion 
 SMALL_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what a machine without a GPU can train
 DRIVER = Path("/proc/driver/nvidia/version")
 malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", id)  # glibc keeps what is freed; elsewhere a no-op
+WINDOWS = ("window", "window_size", "window_len", "chunk_size")  # ends of what configs call it
 NOT_IN_MODULES = (  # tensors of older checkpoints that are computed, or stored once more
-    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
+    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias",
+    "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
 
 
 # ---- NF4 (QLoRA section 3) ----
@@ -80,6 +97,11 @@ class NF4Linear(nn.Module):
     def dequantize(self):
         """W (D_out, D_in) in the compute dtype."""
         return bnb.dequantize_4bit(self.packed, self.state)
+
+
+def is_linear(module):
+    """Whether a module is a product with its weight: other subclasses of nn.Linear, routers, do more."""
+    return type(module).__name__ in ("Linear", "FalconLinear", "NF4Linear")
 
 
 # ---- LoRA layer (LoRA eq. 3) ----
@@ -162,7 +184,7 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
         raise ValueError(f"--lora_r {r} must be at least 1, --lora_dropout {lora_dropout} from 0 to below 1")
     model.requires_grad_(False)
     linear = {key: module for key, module in model.named_modules()
-              if isinstance(module, (nn.Linear, NF4Linear)) and key.split(".")[0] not in model.last_layer}
+              if is_linear(module) and key.split(".")[0] not in model.last_layer}
     present = {key.split(".")[-1] for key in linear}
     targets = set(target_modules or present)  # [choice.T3]
     if not targets or (missing := sorted(targets - present)):
@@ -254,8 +276,9 @@ class LastTokenClassifier(nn.Module):
         self.config, self.base_model_prefix = config, backbone.base_model_prefix
         self.fingerprint, self.shares_prefix = backbone.fingerprint, backbone.shares_prefix
         setattr(self, self.base_model_prefix, backbone)
-        self.score = nn.Linear(config.hidden_size, n_labels, bias=False)
-        nn.init.normal_(self.score.weight, std=config.initializer_range)
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT-350m narrows its last states
+        self.score = nn.Linear(width, n_labels, bias=False)
+        nn.init.normal_(self.score.weight, std=getattr(config, "initializer_range", 0.02))
         move(self.score, device)
 
     def forward(self, input_ids, lengths, prefix=0):
@@ -317,10 +340,13 @@ def response_logits(model, input_ids, lengths, rows, columns, response_ids=None,
                                use_cache=False).last_hidden_state[rows, columns]
         if model.config.scale_decoder_outputs:  # only where the head is the embedding
             states = states * model.config.d_model**-0.5
-    return model.get_output_embeddings()(states).float()
+    logits, config = model.get_output_embeddings()(states).float(), model.config
+    logits = logits * (getattr(config, "logit_scale", 0) or 1) / (getattr(config, "logits_scaling", 0) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)  # Cohere's and Granite's factors, Gemma 2's cap
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
-# ---- The streaming loader ----
+# ---- The hub ----
 
 
 def hub_id(model):
@@ -328,15 +354,99 @@ def hub_id(model):
     return MODELS[model][0] if model in MODELS else str(model)
 
 
+def by_turns(work):
+    """work() on the first process of each machine, then on the others, which find what it fetched.
+
+    An error is raised where it came first; the other processes end without a word: one line in all.
+    """
+    if not dist.is_initialized():
+        return work()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))  # of a slow line, too
+    said, rank, result, error = [False] * dist.get_world_size(), dist.get_rank(), None, None
+    for turn in (True, False):
+        try:
+            if turn == (int(os.environ.get("LOCAL_RANK", rank)) == 0):
+                result = work()
+        except (ValueError, OSError) as reason:
+            error = reason
+        dist.all_gather_object(said, error is not None, group)
+        if any(said):
+            raise error if error and said.index(True) == rank else SystemExit(2)
+    return result
+
+
+def hub_says(model, error, name="", revision=None):
+    """What to do about an error of the hub, None if it is another one's."""
+    chain, page = [error], f"{constants.ENDPOINT}/{hub_id(model)}"
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+
+    def is_a(*kinds):
+        return next((one for one in chain if isinstance(one, kinds)), None)
+
+    answer, login = is_a(errors.HfHubHTTPError), f"see its licence at {page}, `hf auth login` or HF_TOKEN"
+    status = answer and answer.response.status_code
+    if is_a(errors.GatedRepoError) or status == 403:
+        return f"it is gated or private: {login}"
+    if is_a(errors.RevisionNotFoundError):
+        return f"--revision {revision} is no branch, tag or commit of {page}"
+    if is_a(errors.RepositoryNotFoundError) or status == 401:
+        return f"the hub finds nothing of this name, or it is private ({login}); or use {sorted(MODELS)}"
+    if constants.is_offline_mode() and is_a(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        held = Path(constants.HF_HUB_CACHE).glob("models--*")
+        held = sorted(path.name[8:].replace("--", "/") for path in held)
+        return (f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} finds nothing for {name or 'it'}, "
+                f"but files of {held}: fetch it where there is a network, or give a directory")
+    if answer or is_a(errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = f"status {status}" if status else f"{type(chain[-1]).__name__}: {chain[-1]}"[:120]
+        return (f"{constants.ENDPOINT} does not give {name or 'it'} ({reason}): the same command goes on "
+                "later; with HF_HUB_OFFLINE=1 it uses what is there")
+    return None
+
+
+@contextlib.contextmanager
+def in_a_line(model, what, revision, *others):
+    """Makes a FileNotFoundError that says what to do of an error of the hub, or of `others`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, errors.HTTPError, *others) as error:
+        reason = hub_says(model, error, what, revision) or (
+            f"{what} finds nothing that it knows in the directory or on the hub "
+            f"({type(error).__name__}: {str(error)[:160]}); give {sorted(MODELS)}, a hub id or a directory")
+        raise FileNotFoundError(f"--model {model}: {' '.join(reason.split())}") from None
+
+
 def from_hub(auto, model, revision=None):
     """The config or tokenizer of a model. Raises: FileNotFoundError if there is none."""
-    try:
+    with in_a_line(model, auto.__name__, revision, KeyError, TypeError, AttributeError, ImportError,
+                   errors.StrictDataclassError):
         return auto.from_pretrained(hub_id(model), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise FileNotFoundError(
-            f"--model {model}: {auto.__name__} finds nothing that it knows in the directory or on the hub "
-            f"({reason}); give one of {sorted(MODELS)}, a hub id or a directory") from None
+
+
+def find(model, name, revision=None, needed=True, dry_run=False):
+    """Path of a file of the model's directory or repository, fetched if need be; None if there is none.
+
+    With dry_run nothing is fetched, and the hub's record of the file takes the place of a path. Offline, what
+    is not needed may be missing. Raises: FileNotFoundError if the hub does not answer.
+    """
+    hub = hub_id(model)
+    if Path(hub).is_dir():
+        return str(path) if (path := Path(hub, name)).is_file() else None
+    lines = dict(mininterval=15, delay=15, miniters=1, bar_format="{desc}: {n_fmt} of {total_fmt}B\n")
+    progress = functools.partial(tqdm, **{} if sys.stderr.isatty() else lines)
+    with in_a_line(model, name, revision):
+        cached = try_to_load_from_cache(hub, name, revision=revision)
+        if not isinstance(cached, str) and (cached or constants.is_offline_mode() and not needed):
+            return None  # known not to exist, or not known
+        with contextlib.suppress(errors.RemoteEntryNotFoundError):
+            return hf_hub_download(hub, name, revision=revision, tqdm_class=progress, dry_run=dry_run)
+    return None
+
+
+def commit_of(model, revision=None):
+    """The commit that a revision of a hub model stands for, None for a directory."""
+    path = find(model, "config.json", revision)
+    return Path(path).parent.name if path and not Path(hub_id(model)).is_dir() else None
 
 
 def load_tokenizer(model_name, revision=None):
@@ -344,59 +454,154 @@ def load_tokenizer(model_name, revision=None):
     return from_hub(AutoTokenizer, model_name, revision)
 
 
-def checkpoint_files(model, revision=None):
-    """Paths of the model's safetensors, downloaded if need be.
+def load_config(model_name, revision=None):
+    """The config of a decoder or a T5. Raises: ValueError for what is neither, FileNotFoundError."""
+    config = from_hub(AutoConfig, model_name, revision)
+    kind, layers = config.model_type, {*(getattr(config, "layer_types", None) or ())}
+    decoder = kind in CAUSAL_LMS and kind not in MASKED_LMS and not config.is_encoder_decoder
+    if kind != "t5" and not decoder:
+        raise ValueError(f"--model {model_name} is of type {kind}; use a decoder-only model or a T5")
+    if {"text_config", "vision_config", "audio_config"} & {*config.sub_configs}:
+        raise ValueError(f"--model {model_name} is of type {kind}, not of text alone; use one that is")
+    if packed := getattr(config, "quantization_config", None):
+        how = packed.get("quant_method") if isinstance(packed, dict) else packed
+        raise ValueError(f"--model {model_name} is quantized already ({how}); use its original")
+    if other := layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise ValueError(f"--model {model_name} has no cache of keys and values in {sorted(other)}; use a "
+                         "transformer")
+    return config
 
-    Raises: FileNotFoundError if there are none; pickled weights (.bin) are never loaded.
+
+# ---- The streaming loader ----
+
+
+def checkpoint_files(model, revision=None, check=len):
+    """Paths of the model's weights, fetched if need be: of safetensors if there are any, else of .bin files.
+
+    check(names of the tensors) comes before they are fetched. Raises: FileNotFoundError if one is not there.
     """
-    hub = hub_id(model)
-
-    def find(name):
-        return cached_file(hub, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-
-    shards = ["model.safetensors"]
-    if index := find("model.safetensors.index.json"):
-        try:
-            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors files ({error!r}); restore it") from None
-        if odd := [shard for shard in shards if Path(str(shard)).name != shard]:
-            raise ValueError(f"{index} names {odd}, which are not files beside it; restore it")
-    files = [find(shard) for shard in shards]
-    if None not in files:
-        return files
-    bins = find("pytorch_model.bin") or find("pytorch_model.bin.index.json")
-    lack = "has only pickled weights (.bin), which can run code" if bins else "is not whole"
-    raise FileNotFoundError(
-        f"--model {model} lacks {shards[files.index(None)]} and {lack}; save it as safetensors first: "
-        "AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR), then --model DIR")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        shards, names = [name], ()
+        if index := find(model, f"{name}.index.json", revision, needed=False):
+            try:
+                names = json.loads(Path(index).read_text())["weight_map"]
+                shards = sorted(set(names.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is no index of weights ({error!r}); restore it") from None
+            if odd := [shard for shard in shards if Path(str(shard)).name != shard]:
+                raise ValueError(f"{index} names {odd}, which are not files beside it; restore it")
+        if index or find(model, name, revision, needed=False, dry_run=True):
+            break
+    else:
+        shards = ["model.safetensors"]
+    files = [find(model, shard, revision, dry_run=True) for shard in shards]
+    if None in files:
+        raise FileNotFoundError(f"--model {model} lacks {shards[files.index(None)]}; use a whole model")
+    if size := sum(one.file_size or 0 for one in files if not isinstance(one, str) and one.will_download):
+        if not names and name == "model.safetensors":
+            with in_a_line(model, name, revision, errors.SafetensorsParsingError):
+                names = HfApi().parse_safetensors_file_metadata(
+                    hub_id(model), name, revision=revision).tensors
+        cache = Path(constants.HF_HUB_CACHE)
+        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+        if size > free:
+            raise ValueError(f"--model {model} has {size / 1e9:.1f} GB to fetch, {cache} {free / 1e9:.1f} "
+                             "free: make room, or set HF_HOME to a directory on another disk")
+        print(f"{len(shards)} files of {hub_id(model)}, {size / 1e9:.2f} GB, are fetched", file=sys.stderr)
+    if names:
+        check(names)
+    return [find(model, shard, revision) for shard in shards]
 
 
 def stored_tensors(path):
-    """Yields (name, tensor) of a safetensors file, opened anew for each: what was read leaves the memory.
+    """Yields (name, tensor) of a file of weights, opened anew for each: what was read leaves the memory.
 
-    Raises: ValueError if the file is truncated or broken.
+    Raises: ValueError if the file is truncated, broken, or a pickle of more than weights, which may run code.
     """
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
+        if not str(path).endswith(".bin"):
             with safe_open(path, "pt") as file:
-                yield name, file.get_tensor(name)
+                names = list(file.keys())
+            for name in names:
+                with safe_open(path, "pt") as file:
+                    yield name, file.get_tensor(name)
+            return
+        mapped = zipfile.is_zipfile(path)  # a file of torch before 1.6 is not: it is read whole
+        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+        for name in list(state):
+            again = torch.load(path, "cpu", weights_only=True, mmap=True) if mapped else state
+            yield name, again[name].detach()
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); restore it") from None
+    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError,
+            TypeError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{path} is not a whole file of weights and nothing else ({reason}); restore it, or "
+                         "use another model") from None
+
+
+def key_of(stored, model, family):
+    """The parameter that a tensor of a checkpoint is for, None for one that is not needed."""
+    prefix, key = model.base_model_prefix + ".", stored.replace("embed_out.", "lm_head.")  # GPT-NeoX
+    for one in (key, key.removeprefix(prefix), prefix + key):
+        if one in model.wanted:
+            return one
+    if key.endswith(NOT_IN_MODULES) or family == "cls" and not stored.startswith(prefix):  # of its head
+        return None
+    raise ValueError(f"the checkpoint has {stored}, a tensor that {type(model).__name__} does not have: use "
+                     "another model")
+
+
+def check_names(names, model, name, family):
+    """Raises ValueError if the tensors of a checkpoint are not those of the model."""
+    tied = model.last_layer[:model.config.tie_word_embeddings]
+    found = {key_of(one, model, family) for one in names} | {f"{head}.weight" for head in tied}
+    if missing := sorted(model.wanted - found):
+        raise ValueError(f"the checkpoint of {name} lacks {len(missing)} tensors, such as {missing[0]}")
 
 
 def place_tensor(model, key, tensor, quantize, dtype, device):
     """Puts one tensor of the checkpoint into its module, a linear layer's weight quantized on the way."""
     parent, _, leaf = key.rpartition(".")
     module = model.get_submodule(parent)
+    if leaf == "weight" and hasattr(module, "transposed"):
+        tensor = tensor.t().contiguous()
     if tensor.shape != (expected := getattr(module, leaf).shape):
         raise ValueError(f"{key} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(expected)}")
-    if quantize and leaf == "weight" and isinstance(module, nn.Linear):
+    if quantize and leaf == "weight" and is_linear(module):
         model.set_submodule(parent, NF4Linear(tensor.to(dtype), module.bias, device))
     else:
         setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+
+
+def empty_base(model_name, family, quantize, dtype, device, revision):
+    """Returns (the base without memory, the files of its weights): all is judged before these are fetched."""
+    config = load_config(model_name, revision)
+    t5, ends = config.model_type == "t5", [config.eos_token_id]
+    check_dtype(t5, dtype)
+    auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json of {model_name} describes no model ({error!r}); restore it") from None
+    if model._is_stateful:
+        raise ValueError(f"--model {model_name} has no cache of keys and values; use a transformer")
+    for key, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):  # GPT-2's: a linear layer whose weight lies the other way round
+            model.set_submodule(key, linear := nn.Linear(module.nx, module.nf, device="meta"))
+            linear.transposed = True
+    check_fits(model, model_name, quantize, dtype, device)
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"  # Llama 4 names another one
+    output = model.get_output_embeddings()
+    model.last_layer = tuple(key for key, module in model.named_modules() if output and module is output)[:1]
+    model.wanted = {*dict(model.named_parameters()), *(f"{head}.weight" for head in model.last_layer)}
+    if find(model_name, "generation_config.json", revision, needed=False):
+        ends.append(from_hub(GenerationConfig, model_name, revision).eos_token_id)
+    model.end_tokens = {one for end in ends for one in (end if isinstance(end, list) else [end])} - {None}
+    return model, checkpoint_files(model_name, revision,
+                                   lambda names: check_names(names, model, model_name, family))
 
 
 def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="cpu", revision=None):
@@ -405,54 +610,75 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     Host memory stays within a few tensors of what the model itself takes.
     Raises: FileNotFoundError; ValueError if model, machine and checkpoint do not fit each other.
     """
-    config = from_hub(AutoConfig, model_name, revision)
-    kind, t5 = config.model_type, config.model_type == "t5"
-    decoder = kind in CAUSAL_LMS and kind not in MASKED_LMS and not config.is_encoder_decoder
-    if not t5 and not decoder:
-        raise ValueError(f"--model {model_name} is of type {kind}; use a decoder-only model or a T5")
-    check_dtype(t5, dtype)
-    auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config).eval()
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json of {model_name} describes no model ({error!r}); restore it") from None
-    check_supported(model, model_name, family)
-    if torch.device(device).type == "cpu":
-        use_grouped_attention(model)
-    check_fits(model, model_name, quantize, dtype, device)
+    model, files = by_turns(lambda: empty_base(model_name, family, quantize, dtype, device, revision))
     for module in model.modules():  # buffers are computed, not stored: rotary frequencies
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             for leaf, buffer in module.named_buffers(recurse=False):
                 setattr(module, leaf, torch.empty_like(buffer, device=device))
             model._init_weights(module)
 
-    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
-    head = next((key for key, module in model.named_modules() if output and module is output), None)
-    wanted, found = {key for key, _ in model.named_parameters()} | {f"{head}.weight"}, set()
-    beginnings = hashlib.sha256()
-    prefix = model.base_model_prefix + "."
-    for file in checkpoint_files(model_name, revision):
+    embeddings, names, beginnings = model.get_input_embeddings(), [], hashlib.sha256()
+    head, found = next((f"{key}.weight" for key in model.last_layer), None), set()
+    for file in files:
         for stored, tensor in stored_tensors(file):
             start = tensor.flatten()[:64].contiguous().view(torch.uint8).numpy()
             beginnings.update(f"{stored} {tuple(tensor.shape)}".encode() + start.tobytes())
-            key = stored.replace("embed_out.", "lm_head.")  # GPT-NeoX
-            key = next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in wanted), key)
-            if key in wanted:
-                place_tensor(model, key, tensor, quantize == "nf4" and key != f"{head}.weight", dtype, device)
+            names.append(stored)
+            if key := key_of(stored, model, family):
+                place_tensor(model, key, tensor, quantize == "nf4" and key != head, dtype, device)
                 found.add(key)
                 malloc_trim(0)
-            elif not (key.endswith(NOT_IN_MODULES) or family == "cls" and key.startswith("lm_head.")):
-                raise ValueError(f"{file} has {stored}, a tensor that {type(model).__name__} does not have")
+    check_names(names, model, model_name, family)
     model.set_input_embeddings(embeddings)  # T5: the encoder's and the decoder's are the shared one
-    if head and f"{head}.weight" not in found and config.tie_word_embeddings:
-        output.weight = embeddings.weight
-    if missing := sorted(key for key, parameter in model.named_parameters() if parameter.is_meta):
-        raise ValueError(f"the checkpoint of {model_name} lacks {len(missing)} tensors, such as {missing[0]}")
-    model.last_layer, model.last_layer_trains = ((head,) if head else ()), False
-    alibi = kind in ("bloom", "mpt") or getattr(config, "alibi", False)  # counts the padding behind a prefix
-    model.shares_prefix, model.fingerprint = decoder and not alibi, beginnings.hexdigest()
-    return model.requires_grad_(False)
+    if head and head not in found:
+        model.get_output_embeddings().weight = embeddings.weight
+    model.last_layer_trains, model.fingerprint = False, beginnings.hexdigest()
+    choose_ways(model.requires_grad_(False), model_name, family)
+    fused = sum(p.numel() for p in model.parameters() if p.dim() > 2)
+    if fused and os.environ.get("RANK", "0") == "0":
+        print(f"{fused / count_parameters(model)[0]:.0%} of the weights of {model_name} are fused experts: "
+              "neither quantized nor adapted", file=sys.stderr)
+    return model
+
+
+@torch.no_grad()
+def choose_ways(model, name, family):
+    """Chooses attention and shared prefix by comparing our forward with transformers' own on two rows.
+
+    Raises: ValueError if they differ whatever is chosen.
+    """
+    config, t5 = model.config, model.config.is_encoder_decoder
+    windows = [size for key, size in config.to_dict().items() if key.endswith(WINDOWS) and type(size) is int]
+    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)  # counts all padding
+    growing = any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("dynamic", "longrope"))
+    model.window = min((size for size in windows if size > 0), default=math.inf)
+    model.shares_prefix = not (t5 or alibi or growing)  # whose frequencies are those of what is read at once
+    if t5 and family == "cls":
+        return  # T5Classifier calls it as it is
+    embeddings, before = model.get_input_embeddings(), config._attn_implementation
+    device, tolerance = embeddings.weight.device, 1e-3 if embeddings.weight.dtype == torch.float32 else 0.1
+    ids = (torch.arange(48, device=device) * 7919 % embeddings.num_embeddings).view(2, 24)
+    ids[1, :8], rows, lengths = ids[0, :8], torch.arange(2, device=device), torch.full_like(ids[:, 0], 24)
+
+    def differs(prefix=0):
+        found = (decoder_states(model, ids, prefix)[:, -1] if family == "cls" else
+                 response_logits(model, ids, lengths, rows, lengths - int(t5), ids, prefix))
+        return (found - theirs).norm().item() > tolerance * theirs.norm().item()
+
+    try:
+        start = {"decoder_input_ids": F.pad(ids[:, :-1], (1, 0), value=config.decoder_start_token_id)
+                 } if t5 else {}
+        theirs = model(input_ids=ids, **start)[0][:, -1].float()
+        if device.type == "cpu":
+            use_grouped_attention(model)
+            if config._attn_implementation != before and differs():
+                model.set_attn_implementation(before)
+        if differs():
+            raise ValueError("its logits are not a linear layer on the last states of its decoder")
+        model.shares_prefix = model.shares_prefix and not differs(8)
+    except (ValueError, AttributeError, TypeError, LookupError) as error:
+        raise ValueError(f"--model {name} of type {config.model_type} cannot be used ({error}); use another "
+                         "model, or --method cls or clsp") from None
 
 
 def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float32, device="cpu",
@@ -464,17 +690,6 @@ def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float3
         return base
     head = T5Classifier if base.config.model_type == "t5" else LastTokenClassifier
     return head(base, base.config, n_labels, device).eval()
-
-
-def check_supported(model, name, family):
-    """Raises ValueError for what a decoder does beside attention, layers and a linear head."""
-    changed = [key for key in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-               if getattr(model.config, key, None) not in (None, 1)]
-    if family == "lm" and changed:
-        raise ValueError(f"--model {name} changes its logits ({', '.join(changed)}), which the loss here "
-                         "does not: use --method cls or clsp, or another model")
-    if model._is_stateful:
-        raise ValueError(f"--model {name} has no cache of keys and values; use a transformer")
 
 
 def check_dtype(t5, dtype):
@@ -517,7 +732,7 @@ def check_by_name(name, dtype, device):
 
 def check_fits(model, name, quantize, dtype, device):
     """Raises ValueError if this machine's memory cannot hold the weights; the model is still on meta."""
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    linear = sum(m.weight.numel() for m in model.modules() if is_linear(m))
     total = sum(p.numel() for p in model.parameters())
     size = torch.finfo(dtype).bits / 8
     need = (total - linear) * size + linear * (0.52 if quantize == "nf4" else size)  # 4 bits and the scales

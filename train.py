@@ -555,7 +555,7 @@ def run(args, processes):
     say = print if first else lambda *_: None
     infer.complete(args)
     lora.check_by_name(args.model, args.dtype, processes.device)
-    tokenizer = lora.load_tokenizer(args.model, args.revision)  # a wrong name is told before any work
+    tokenizer = infer.load_tokenizer(args)  # a wrong name is told before any work
     lock, old = claim_out(args) if first else (None, None)
     if from_all(infer.is_finished(args, old))[0]:
         return
@@ -639,8 +639,11 @@ def main(argv=None):
         print(f"error on process {processes.rank}: {str(error).splitlines()[0]} "
               "Lower --micro_batch_tokens or use --gradient_checkpointing", file=sys.stderr)
         code = 2
+    except SystemExit:
+        code = 2  # another process has said why
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        if not processes.rank:
+            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         code = 130
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(words in str(error) for words in LOST):

@@ -86,7 +86,9 @@ def test_no_script_trusts_remote_code_or_can_unpickle():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 assert not {"pickle", "dill", "joblib", "marshal"} & {one.name for one in node.names}
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert (node.value.id, node.attr) not in {("torch", "load"), ("np", "load")}, path
+                assert (node.value.id, node.attr) != ("np", "load"), path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only" in {one.arg for one in node.keywords}, path
             assert not (isinstance(node, ast.Name) and node.id in ("eval", "exec", "__import__")), path
 
 
@@ -129,11 +131,11 @@ def test_ids_and_label_names_never_become_paths_and_a_revision_is_passed_on_and_
         rows = [[f"{name}{k}", user, f"text {name}{k}", k % 2, 1, int(k % 3 == 0), data.SPLITS[k % 3]]
                 for k, name in enumerate(ODD * 3) for user in ODD]
         csv.writer(file).writerows([["text_id", "user_id", "text", *labels, "split"], *rows])
-    asked, from_hub, cached_file = [], lora.from_hub, lora.cached_file
+    asked, from_hub, find = [], lora.from_hub, lora.find
     monkeypatch.setattr(lora, "from_hub", lambda auto, name, revision=None: (
         asked.append(revision), from_hub(auto, name, revision))[1])
-    monkeypatch.setattr(lora, "cached_file", lambda *args, revision, **more: (
-        asked.append(revision), cached_file(*args, revision=revision, **more))[1])
+    monkeypatch.setattr(lora, "find", lambda model, name, revision=None, **more: (
+        asked.append(revision), find(model, name, revision, **more))[1])
     before, out = {*tmp_path.rglob("*")}, tmp_path / "out"
     arguments = command(tiny_dir, out, "--max_steps", 2, "--revision", "v1.0")
     arguments[arguments.index("--dataset") + 1] = str(tmp_path / "mine.csv")
