@@ -20,6 +20,8 @@ addEventListener("load", () => {
   const edge = one => one.getBoundingClientRect().right;
   const wide = [...document.querySelectorAll("body *")].filter(one => edge(one) > innerWidth + 1
     && !one.closest("pre, .scroll, .bar, math, .skip")).map(one => one.outerHTML.slice(0, 80));
+  for (const one of document.querySelectorAll("math[display=block]"))
+    if (one.scrollWidth > one.clientWidth) wide.push(one.textContent);
   const links = [...document.querySelectorAll("a")], lost = [];
   for (const one of links) {
     one.click();

@@ -567,13 +567,14 @@ here();
 
 
 def style():
-    """The colours of the code, for light and dark, and tests/tour.css."""
+    """The colours of the code, for light, dark and paper, and tests/tour.css."""
     def colors(name):
         lines = HtmlFormatter(style=name).get_style_defs("pre").splitlines()
         return "\n".join(line for line in lines if re.match(r"pre \.\w+ {(?!.*background)", line))
 
-    return (f"@media screen {{ {colors('default')} }}\n@media screen and (prefers-color-scheme: dark) "
-            f"{{ {colors('github-dark')} }}\n{(ROOT / 'tests' / 'tour.css').read_text()}")
+    media = {"screen": "default", "screen and (prefers-color-scheme: dark)": "github-dark", "print": "bw"}
+    return "".join(f"@media {medium} {{ {colors(name)} }}\n" for medium, name in media.items()) + (
+        ROOT / "tests" / "tour.css").read_text()
 
 
 def link(stop, text):
