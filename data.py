@@ -817,7 +817,7 @@ class Encoded:
 
 
 def prompt_inputs(method, annotations, pool=None, seed=42):
-    """Returns (the M distinct (text, user_id, examples) of the annotations, prompt_index (N,), too few).
+    """Returns (the M distinct (text, user_id, examples, context), prompt_index (N,), too few).
 
     They are what build_prompt is given; too few: the number of annotations with fewer than K examples.
     """
@@ -825,7 +825,7 @@ def prompt_inputs(method, annotations, pool=None, seed=42):
     for row, (text, user_id) in enumerate(annotations.fields()):
         examples = choose_examples(pool, text, user_id, method.shots, seed) if method.shots else ()
         too_few += len(examples) < method.shots
-        one = text, user_id if method.user_id else None, examples
+        one = text, user_id if method.user_id else None, examples, annotations.profiles.get(user_id, ())
         prompt_index[row] = inputs.setdefault(one, len(inputs))
     return list(inputs), prompt_index, too_few
 

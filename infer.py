@@ -4,6 +4,7 @@ Source: sections IV and V of the paper. Queries (Q-0S, Q-1S, Q-2S) use no traini
 
     python infer.py --run DIR [--split test|val]             evaluate a trained adapter
     python infer.py --run DIR --text "..." --users 4 37      how these users would label this text
+    python infer.py --run DIR --input new.csv --output scores.csv     a file in, a file out
     python infer.py --method q2s --model M --dataset D       query a local model
     python infer.py --method q2s --model gpt-4 --dataset D   query the API; OPENAI_API_KEY holds the key
 
@@ -11,9 +12,13 @@ Identical prompts are predicted once, whatever the number of annotations. Does n
 """
 
 import argparse
+import csv
+import dataclasses
 import email.utils
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -43,7 +48,7 @@ from tqdm import tqdm
 import data
 import lora
 import metrics
-from prompts import METHODS, NONE, build_prompt, build_response, parse_response
+from prompts import METHODS, NONE, TASKS, Task, build_prompt, build_response, neutral_task, parse_response
 
 # ---- Arguments, data and configuration of a run ----
 
@@ -53,8 +58,9 @@ FOLLOW = {  # row of the audit -> whom it can follow, the default first
 }
 
 
-HOW = {"micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
+HOW = {"out", "micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
        "max_retries"}  # change no result, but for rounding
+PLACES = ("model", "dataset", "data_dir")  # what may lie elsewhere when a run is used: fingerprints decide
 
 
 def positive(text):
@@ -109,10 +115,11 @@ def add_arguments(parser, methods):
         help=f"do as the paper or the released code does in a row of the audit: {', '.join(FOLLOW)}")
     add("--unseen_users", type=data.share, default=0.0, metavar="SHARE",
         help="hold this share of the users out of train and val, report them apart (default: %(default)s)")
+    add("--no_user_id", action="store_true", default=None, help="show only the --context of a user")
     add("--constrain", action="store_true", help="decode only distinct labels in sorted order")
     add("--seed", type=int, default=42,
         help="of weights, order and dropout (default: %(default)s, the authors' config)")
-    add("--note", help="kept in config.json and shown in the tables")
+    add("--note", help="kept in run.json and shown in the tables")
     data.add_arguments(parser)
     lora.add_arguments(parser)
 
@@ -142,10 +149,20 @@ def load_splits(args):
     return task, splits, report
 
 
+def method_of(args):
+    """The Method of a run: its row of the table, with what its flags show of the user."""
+    method, context = METHODS[args.method], tuple(args.context or ())
+    if (context or args.no_user_id) and not method.user_id:
+        raise ValueError(f"--context and --no_user_id are for clsp and lmp, not for {args.method}: leave out")
+    if args.no_user_id and not context:
+        raise ValueError("--no_user_id leaves nothing of the user: add --context, or use cls or lm")
+    return method._replace(context=context, user_id=method.user_id and not args.no_user_id)
+
+
 def example_pool(args, splits):
     """Where the examples of Q-1S and Q-2S come from; None for the other methods."""
     pool = splits["train" if follows(args)["P1"] == "paper" else "test"]  # [choice.P1]
-    return data.example_pool(pool) if METHODS[args.method].shots else None
+    return data.example_pool(pool) if method_of(args).shots else None
 
 
 def load_tokenizer(args):
@@ -154,8 +171,8 @@ def load_tokenizer(args):
     A run that goes on keeps the commit that it was started with.
     """
     def work():
-        path, commit = args.out / "config.json", getattr(args, "commit", None)
-        old = read_config(path) if path.exists() else {"arguments": {}}
+        path, commit = metrics.run_record(args.out), getattr(args, "commit", None)
+        old = read_record(args.out) if path.exists() else {"arguments": {}}
         if all(old["arguments"].get(name) == getattr(args, name) for name in ("model", "revision")):
             commit = commit or old.get("model_commit")
         commit = commit or lora.commit_of(args.model, args.revision)
@@ -169,7 +186,7 @@ def load_tokenizer(args):
 
 def encode_split(args, tokenizer, task, splits, split, say=print):
     """Returns the Encoded of one split; says what was shortened and who has too few examples."""
-    method = METHODS[args.method]
+    method = method_of(args)
     encoded = data.encode(
         tokenizer, task, method, splits[split], args.max_length, example_pool(args, splits), args.split_seed,
         train_eos=follows(args)["T2"] == "paper", chat_template=getattr(args, "chat_template", False))
@@ -197,7 +214,7 @@ def arguments_of(args):
 def build(args, n_labels, device):
     """Returns (a run's model, with LoRA layers unless it is a query's, the names of the targets)."""
     torch.manual_seed(args.seed)  # before any weight is drawn, the same on all processes
-    family = METHODS[args.method].family
+    family = method_of(args).family
     model = lora.build_model(args.model, family, n_labels, args.quantize, lora.DTYPES[args.dtype], device,
                              getattr(args, "commit", None) or args.revision)
     if family == "query":
@@ -208,20 +225,26 @@ def build(args, n_labels, device):
 
 
 def load_trained(args, n_labels, device):
-    """A finished run's model with its adapter."""
+    """A finished run's model with its adapter. Raises: ValueError if the base is not that of the run."""
     model, _ = build(args, n_labels, device)
+    check_inputs(args.adapter, read_record(args.adapter), model=model)
     lora.load_adapter(model, args.adapter)
     return model.eval()
 
 
-def describe_run(args, report, model=None):
-    """What config.json holds: every argument, versions, commit, the model's commit, data."""
+def describe_run(args, report, model=None, task=None, train=None):
+    """What run.json holds: all that a prediction needs beside the base model, and how the run came about."""
     commit = "" if shutil.which("git") is None else subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
         cwd=Path(__file__).parent, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "arguments": arguments_of(args), "note": args.note, "commit": commit or None,
+        "places": {name: os.path.abspath(place) for name in PLACES if (place := getattr(args, name))
+                   and place not in (*lora.MODELS, *data.CORPORA) and os.path.exists(place)},
+        "task": task and task._asdict(),
+        "users": {user: train.profiles.get(user, ()) for user in sorted(data.present_users(train))} if train
+        else {},
         "model_commit": getattr(args, "commit", None),
         "model_fingerprint": getattr(model, "fingerprint", None),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -230,27 +253,54 @@ def describe_run(args, report, model=None):
     }
 
 
-def read_config(path):
-    """The config.json of a run. Raises: ValueError if it is none, is damaged, or lacks an argument."""
-    shared = argparse.ArgumentParser()
+def from_before(arguments):
+    """The arguments of an older run's config.json, as they would be given today."""
+    shares = {name: None for name, own in (("min_share", 0.01), ("max_share", 0.6)) if arguments[name] == own}
+    clean = None if arguments["dataset"] in data.CORPORA else "paper"
+    today = {"columns": None, "labels": None, "context": None, "no_user_id": None, "clean": clean}
+    return today | arguments | shares
+
+
+def to_task(words):
+    """The Task of its JSON."""
+    return Task(**words | {"label_names": tuple(words["label_names"])})
+
+
+def read_record(directory):
+    """The run.json of a run. Raises: ValueError if it is none, is damaged, or lacks an argument."""
+    shared, path = argparse.ArgumentParser(), metrics.run_record(directory)
     add_arguments(shared, METHODS)
     try:
-        config = json.loads(path.read_bytes())
-        lack = vars(shared.parse_args([])).keys() - config["arguments"].keys()
-        if lack or not isinstance(config["arguments"]["follow"], dict) or not config["data"]["files"]:
+        record = json.loads(path.read_bytes())
+        if path.name == "config.json":
+            record["arguments"] = from_before(record["arguments"])
+        lack = vars(shared.parse_args([])).keys() - record["arguments"].keys()
+        record["task"] = record.get("task") and to_task(record["task"])
+        if lack or not isinstance(record["arguments"]["follow"], dict) or not record["data"]["files"]:
             raise ValueError(f"no {sorted(lack) or 'files or follow'}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not the config.json of a run ({error!r}): use another --out") from None
-    return config
+        raise ValueError(f"{path} is not the {path.name} of a run ({error!r}): use another --out") from None
+    return record
 
 
-def check_inputs(out, config, report, model=None):
+def check_inputs(out, record, report=None, model=None):
     """Raises ValueError if the data files or the base's weights are not those that a run was started with."""
-    if config["data"]["files"] != report["files"]:
-        raise ValueError(f"the data files are not those that {out} was started with: use another --out")
-    if model is not None and config.get("model_fingerprint", model.fingerprint) != model.fingerprint:
-        raise ValueError(f"the weights of {config['arguments'].get('model')} are not those that {out} was "
-                         f"started with (commit {config.get('model_commit')}): restore them")
+    if report is not None:
+        theirs, ours = (sorted(str(file.get("blob_id")) for file in files.values())
+                        for files in (record["data"]["files"], report["files"]))
+        if theirs != ours:
+            raise ValueError(f"the data files are not those that {out} was started with: give their place by "
+                             "--dataset or --data_dir, or use another --out")
+    if model is not None and record.get("model_fingerprint", model.fingerprint) != model.fingerprint:
+        raise ValueError(f"the weights of {record['arguments'].get('model')} are not those that {out} was "
+                         f"started with (commit {record.get('model_commit')}): give their place by --model")
+
+
+def amend_record(out, **fields):
+    """Adds what is known at the end to run.json, of which metrics_test.json then holds the checksum."""
+    path = metrics.run_record(out)
+    if path.exists() and not Path(out, "metrics_test.json").exists():
+        write_json(path, json.loads(path.read_bytes()) | fields)
 
 
 def is_finished(args, old, split="test"):
@@ -278,19 +328,19 @@ def lock_out(out):
 
 
 def claim_out(args):
-    """Takes --out for this process alone; returns (the lock, config.json of the same command or None).
+    """Takes --out for this process alone; returns (the lock, run.json of the same command or None).
 
     Raises: ValueError if another process is at work there, or if it holds a run with other arguments.
     """
-    lock, path = lock_out(args.out), args.out / "config.json"
-    if not path.exists():
+    lock = lock_out(args.out)
+    if not metrics.run_record(args.out).exists():
         return lock, None
-    config = read_config(path)
-    old, new = config["arguments"], arguments_of(args)
+    record = read_record(args.out)
+    old, new = record["arguments"], arguments_of(args)
     if different := sorted(k for k in new if k not in HOW and json.dumps(old.get(k)) != json.dumps(new[k])):
         was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
         raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
-    return lock, config
+    return lock, record
 
 
 # ---- Processes ----
@@ -358,10 +408,11 @@ def shared_prefix(model, encoded, limit=0):
 
 
 @torch.inference_mode()
-def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress=""):
-    """Returns the probabilities of the N annotations, float32 (N, L): each distinct prompt is computed once.
+def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="", logits=False):
+    """Returns the probabilities, or logits, of the N annotations, float32 (N, L): each prompt is run once.
 
     Every process computes its share of the prompts, so each annotation counts once for any number of them.
+    Raises: ValueError, on all processes, for a probability that is NaN.
     """
     model.eval()
     lengths, prefix = encoded.lengths, shared_prefix(model, encoded)
@@ -370,15 +421,15 @@ def predict_scores(model, encoded, tokens_per_batch, processes=ALONE, progress="
 
     def compute(batch):
         input_ids = to_device(data.pad([encoded.prompt(m) for m in batch], 0), processes.device)
-        logits = model(input_ids, to_device(lengths[batch], processes.device), prefix)
-        return torch.sigmoid(logits).cpu().numpy()
+        own = model(input_ids, to_device(lengths[batch], processes.device), prefix)
+        return (own if logits else torch.sigmoid(own)).cpu().numpy()
 
     batches = data.micro_batches(lengths, mine, tokens_per_batch, prefix)
     for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
         for part, found in in_parts(compute, batch):
             scores[part] = found
     scores = summed(scores, processes.device)
-    if np.isnan(scores).any():  # on all processes
+    if not logits and np.isnan(scores).any():
         raise ValueError("the model's scores are NaN; use --dtype bf16 or fp32")
     return scores[encoded.prompt_index]
 
@@ -858,7 +909,7 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
                                    n_shortened=encoded[split].n_shortened,
                                    n_too_few_examples=encoded[split].n_too_few)
         return result
-    names, thresholds = ("val", "test") if split == "test" else ("val",), None
+    names = ("val", "test") if split == "test" else ("val",)
     scores = {name: predict_scores(model, encoded[name], args.micro_batch_tokens, processes, name)
               for name in names}
     if processes.rank:
@@ -866,11 +917,13 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     if args.method == "cls" and split == "test":
         write_json(args.out / "baselines_test.json",
                    evaluate_baselines(splits, scores, encoded["test"], unseen_users))
+    tuned = metrics.tune_thresholds(splits["val"].labels, scores["val"])
+    if split == "test":
+        amend_record(args.out, thresholds=tuned.tolist())
     for name in names:  # the metrics of test come last: they say that the run is finished
         rows = rows_of_scores(splits[name], encoded[name], scores[name])
-        result = write_results(args.out, name, rows, label_names, thresholds, unseen_users,
-                               seconds=time.perf_counter() - started)
-        thresholds = metrics.tune_thresholds(splits[name].labels, scores[name])
+        result = write_results(args.out, name, rows, label_names, tuned if name == "test" else None,
+                               unseen_users, seconds=time.perf_counter() - started)
     return result
 
 
@@ -919,31 +972,37 @@ def format_metrics(result):
             f"{result['n_users']} users, {result['seconds']:.0f} s")
 
 
-# ---- A trained run: evaluate it again, or show it texts ----
+# ---- A trained run: evaluate it again, or predict texts ----
+
+PART = 4096  # rows that are predicted, and kept, at a time
+TEXTS_IN = {"text", "input", "output", "force", "users", "threshold"}  # flags that change no run
 
 
 def load_run(directory, given):
-    """Returns the arguments of a training run, from its config.json.
+    """Returns the arguments of a training run, from its run.json.
 
     Raises: FileNotFoundError; ValueError if `given`, from the command line, contradicts the run.
     """
-    beside = {"run", "split", "text", "text_file", "users"}
-    path = Path(directory, "config.json")
+    path = metrics.run_record(directory)
     if not path.is_file():
-        raise FileNotFoundError(f"--run {directory}: no config.json there; give the --out of a training run")
+        raise FileNotFoundError(f"--run {directory}: no run.json there; give the --out of a training run")
     if path.with_name("metrics_test.json").exists():
-        metrics.read_checked(path.parent, "config.json")
+        metrics.read_checked(path.parent, path.name)
     elif path.with_name("checkpoint").exists():
         raise ValueError(f"--run {directory} is not finished: start its train.py command again")
-    config = read_config(path)
-    args = argparse.Namespace(**config["arguments"], commit=config.get("model_commit"))
+    record = read_record(directory)
+    args = argparse.Namespace(**record["arguments"] | record.get("places", {}))
+    args.commit = None if "model" in given else record.get("model_commit")
     args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
-    if given.get("constrain", args.constrain) != args.constrain and "out" not in given:
+    if given.get("constrain", args.constrain) != args.constrain and not given.keys() & {"out", *TEXTS_IN}:
         raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")
     for name, value in given.items():
-        if name in ("micro_batch_tokens", "constrain", "out"):
+        named = name == "dataset" and {value, args.dataset} & data.CORPORA.keys()
+        if name in ("micro_batch_tokens", "constrain", "out") or name in PLACES and not named:
             setattr(args, name, value)
-        elif name == "follow" and {*value} <= {*args.follow} or name in beside:
+        elif name == "follow" and {*value} <= {*args.follow} or name in ("run", "split", *TEXTS_IN):
+            continue
+        elif name in ("columns", "labels") and "input" in given:
             continue
         elif getattr(args, name) != value:
             raise ValueError(f"--run {directory} was trained with {name} {getattr(args, name)}, not {value}: "
@@ -953,53 +1012,211 @@ def load_run(directory, given):
     return args
 
 
-def show_users(args, config, texts, users, device):
-    """Prints a table users x labels for each text: probabilities, or 1 for a generated label."""
-    task, splits, report = load_splits(args)
-    names, train, n = task.label_names, splits["train"], len(users)
-    if strangers := sorted(set(users) - {train.users[k] for k in np.unique(train.user_index)}):
-        print(f"unseen in training, so only a guess: users {', '.join(strangers)}")
-    tokenizer, model = load_tokenizer(args), load_trained(args, len(names), device)
-    check_inputs(args.out, config, report, model)
-    asked = data.Annotations(
-        [str(k) for k in range(len(texts))], texts, users, np.repeat(np.arange(len(texts)), n),
-        np.tile(np.arange(n), len(texts)), np.zeros((len(texts) * n, len(names)), bool), names)
-    encoded = data.encode(tokenizer, task, METHODS[args.method], asked, args.max_length)
-    processes = Processes(device=device)
-    if METHODS[args.method].family == "cls":
-        scores = predict_scores(model, encoded, args.micro_batch_tokens, processes)
-    else:
-        responses, _ = generate(model, tokenizer, encoded, names, args.micro_batch_tokens, processes,
-                                args.constrain)
-        chosen = [parse_response(responses[m], names)[0] for m in encoded.prompt_index]
-        scores = np.array([[name in row for name in names] for row in chosen], float)
-    width, column = max(map(len, names)) + 2, max(8, *(len(user) + 2 for user in users))
-    for number, text in enumerate(texts):
-        print(f"\n{text}\n{'user':<{width}}" + "".join(f"{user:>{column}}" for user in users))
-        for name, row in zip(names, scores[number * n: (number + 1) * n].T, strict=True):
-            print(f"{name:<{width}}" + "".join(f"{score:>{column}.2f}" for score in row))
+def knowledge(directory, threshold=None):
+    """Returns a run's (Task, {user of train: context}, threshold of each label): what a prediction needs.
+
+    Of an older run from the files beside its config.json. Raises: ValueError for a classifier without any.
+    """
+    record = read_record(directory)
+    task, users, thresholds = record["task"], record.get("users"), record.get("thresholds")
+    if task is None:
+        result, corpus = metrics.read_checked(Path(directory)), record["arguments"]["dataset"]
+        task, thresholds = TASKS.get(corpus) or neutral_task(result["labels"]), result.get("thresholds")
+        rows = metrics.read_predictions(Path(directory, "predictions_test.jsonl"))
+        users = dict.fromkeys({row["user_id"] for row in rows} - {*record["data"]["unseen_users"]}, ())
+    if threshold is not None or METHODS[record["arguments"]["method"]].family != "cls":
+        thresholds = [0.5 if threshold is None else threshold] * len(task.label_names)
+    if thresholds is None:
+        raise ValueError(f"--run {directory} has no tuned thresholds: evaluate it first, or give --threshold")
+    return task, {user: tuple(own) for user, own in users.items()}, np.array(thresholds)
 
 
-def use_run(args, given, device):
-    """`--run DIR`: shows texts to users, or evaluates a split and returns its metrics."""
-    run, config = load_run(args.run, given), read_config(args.run / "config.json")
-    if given.keys() & {"text", "text_file", "users"}:
-        lines = args.text_file.read_text(encoding="utf-8").splitlines() if args.text_file else [args.text]
-        texts = [line for line in lines if line and line.strip()]
-        if not texts or not args.users:
-            raise ValueError("give --text or --text_file with a text, and --users, the IDs of who labels it")
-        return show_users(run, config, texts, args.users, device)
+def evaluate_run(args, run, device):
+    """Evaluates a split of a finished run once more; returns its metrics."""
+    if run.dataset not in data.CORPORA and not Path(run.dataset).is_file():
+        raise FileNotFoundError(f"--run {args.run}: no {run.dataset} is there; give --dataset with "
+                                "where it lies now, or --text or --input, which need no data")
     task, splits, report = load_splits(run)
+    check_inputs(args.run, read_record(args.run), report)
     tokenizer = load_tokenizer(run)
     encoded = {name: encode_split(run, tokenizer, task, splits, name) for name in ("val", "test")}
     model = load_trained(run, len(task.label_names), device)
-    check_inputs(args.run, config, report, model)
     beside = run.out != args.run  # the run's own predictions
     with claim_out(run)[0] if beside else lock_out(run.out):
         if beside:
-            write_json(run.out / "config.json", describe_run(run, report, model))
+            write_json(run.out / "run.json", describe_run(run, report, model, task, splits["train"]))
         return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                         Processes(device=device))
+
+
+# ---- Texts in, predictions out ----
+
+
+def read_asked(args, run, task):
+    """Returns (the Annotations of --text or --input, whether they have labels); a user may be None.
+
+    Columns are found by --columns, else by the names of the run's own file, else by those of a role.
+    """
+    if args.text is not None:
+        zero, labels = np.zeros(1, np.int32), np.zeros((1, len(task.label_names)), bool)
+        if not args.text.strip():
+            raise ValueError("give --text with a text, and --users, the IDs of who labels it")
+        return data.Annotations(["1"], [args.text], [None], zero, zero, labels, task.label_names), False
+    path, own = args.input, read_record(args.run)["data"].get("columns", {})
+    header = {name.strip() for name in next(data.read_rows(path, None, {*own.values(), "text"}), (0, ()))[1]}
+    given = data.own_columns(args.columns)
+    own = {role: name for role, name in own.items() if name in header} | given
+    columns = {role: own.get(role, role) for role in ("text_id", "user_id", "text")}
+    context = run.context if {columns["user_id"], *(run.context or ())} <= header else None
+    table = data.open_table(path, columns, args.labels or run.labels, task.label_names, context or (),
+                            ("text", *given))
+    profiles = {}
+    rows = data.read_table(table, profiles)
+    if not table.label_places:
+        rows = ((*row[:3], [0] * len(task.label_names), None) for row in rows)
+    asked = data.gather(rows, task.label_names, profiles)
+    if not len(asked):
+        raise ValueError(f"--input {path}: no text below the header")
+    return asked, bool(table.label_places) and args.users is None
+
+
+def parts_of(asked, users=None):
+    """Yields Annotations of about PART rows each: those of `asked`, or each of its texts by all of users."""
+    n = len(users or "1")
+    step, total = max(1, PART // n), len(asked.texts) if users else len(asked)
+    for rows in (np.arange(start, min(start + step, total)) for start in range(0, total, step)):
+        yield asked.select(rows) if users is None else dataclasses.replace(
+            asked, users=users, text_index=np.repeat(rows, n), user_index=np.tile(np.arange(n), len(rows)),
+            labels=np.zeros((len(rows) * n, len(asked.label_names)), bool))
+
+
+def predict_rows(run, task, model, tokenizer, part, device):
+    """The rows of predictions_SPLIT.jsonl for any annotations."""
+    method, tokens, processes = method_of(run), run.micro_batch_tokens, Processes(device=device)
+    encoded = data.encode(tokenizer, task, method, part, run.max_length)
+    if method.family == "cls":
+        return list(rows_of_scores(part, encoded, predict_scores(model, encoded, tokens, processes)))
+    responses, _ = generate(model, tokenizer, encoded, task.label_names, tokens, processes, run.constrain)
+    return list(rows_of_responses(part, encoded, responses, follows(run)["E2"] == "released"))
+
+
+def use_part(path, key, predict):
+    """The rows that predict() returns, or that a command of this key left at `path` when it was killed."""
+    def digest(rows):
+        return hashlib.sha256((key + json.dumps(rows)).encode()).hexdigest()
+
+    try:
+        rows, written = json.loads(path.read_bytes())
+        if written == digest(rows):
+            return rows
+    except (OSError, ValueError, TypeError):
+        pass  # none, or not whole
+    rows = predict()
+    write_json(path, [rows, digest(rows)])
+    return rows
+
+
+def output_rows(part, rows, thresholds, together=0):
+    """Yields a row {column: value} of the output for each row; `together` users of a text have one more.
+
+    A label has its decision and, of a classifier, its probability; generated text has the response. Of all
+    users: the means, and the standard deviation (of the decisions, if there are no probabilities).
+    """
+    names, values = part.label_names, []
+    for n, (row, (text, user_id)) in enumerate(zip(rows, part.fields(), strict=True), start=1):
+        shown = {} if row["text_id"] == row["text_hash"] else {"text_id": row["text_id"]}
+        shown |= {"user_id": user_id, "text": text}
+        values.append(row.get("scores") or [float(name in row["predicted"]) for name in names])
+        shown |= {name: int(v >= t) for name, v, t in zip(names, values[-1], thresholds)}
+        own = {f"{name}_probability": v for name, v in zip(names, row.get("scores", ()))}
+        yield shown | (own or {"response": row["response"].strip()})
+        if together and n % together == 0:
+            group = np.array(values[-together:])
+            figures = [group >= thresholds, *[group] * bool(own)]
+            figures = np.concatenate([*(each.mean(axis=0) for each in figures), group.std(axis=0)])
+            keys = (*names, *own, *(f"{name}_spread" for name in names))
+            yield shown | {"user_id": "all"} | dict(zip(keys, figures.round(6).tolist()))
+
+
+def print_table(rows, names):
+    """Prints a table labels x users of one text: probabilities, or 1 for a generated label."""
+    users = [row["user_id"] or "" for row in rows]
+    width, column = max(map(len, names)) + 2, max(8, *(len(user) + 2 for user in users))
+    print(f"\n{rows[0]['text']}\n{'user':<{width}}" + "".join(f"{user:>{column}}" for user in users))
+    for name in names:
+        cells = (row.get(f"{name}_probability", row[name]) for row in rows)
+        print(f"{name:<{width}}" + "".join(f"{cell:>{column}.2f}" for cell in cells))
+
+
+def write_rows(path, rows, as_json, last_columns=()):
+    """Writes rows {column: value} as lines of JSON, or as a CSV file whose cells of text are quoted."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if as_json:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            return
+        first = next(rows)
+        columns, quoting = [*first, *last_columns], csv.QUOTE_NONNUMERIC
+        writer = csv.DictWriter(file, columns, quoting=quoting, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(itertools.chain([first], rows))
+
+
+def predict_texts(args, run, device):
+    """`--text` or `--input`: how users would label texts. Returns metrics if the input has labels, too."""
+    method, (task, known, thresholds) = method_of(run), knowledge(args.run, args.threshold)
+    if args.output and args.output.exists() and not args.force:
+        raise ValueError(f"--output {args.output} exists: give another name, or --force to replace it")
+    asked, has_gold = read_asked(args, run, task)
+    users, together = (sorted(known), len(known)) if args.users == ["all"] else (args.users, 0)
+    asks_who = method.user_id or method.context
+    if users is None and None in asked.users and asks_who:
+        raise ValueError("who labels the texts? Give --users ID ... or all, or a file with a column of users")
+    strangers = sorted({*(users or asked.users)} - {*known, None})
+    asked.profiles |= known
+    if method.context and (lack := [user for user in strangers if user not in asked.profiles]):
+        raise ValueError(f"user {lack[0]} did not train: give an --input with their columns "
+                         f"{', '.join(method.context)}")
+    if strangers and asks_who:
+        words = ", ".join(strangers[:3])
+        print("unseen in training, so only a guess: "
+              + (f"users {words}" if len(strangers) < 4 else f"{len(strangers)} users, such as {words}"))
+    tokenizer, model = load_tokenizer(run), load_trained(run, len(thresholds), device)
+    files = metrics.run_record(args.run), Path(args.run, "adapter_model.safetensors")
+    key, gold, started = str([*map(data.git_blob_id, files), run.constrain]), [], time.perf_counter()
+    total, work = len(asked.texts) * len(users) if users else len(asked), Path(f"{args.output}.parts")
+
+    def shown():
+        with tqdm(total=total, desc=work.stem, unit="row", disable=args.output is None) as bar:
+            for k, part in enumerate(parts_of(asked, users)):
+                predict = functools.partial(predict_rows, run, task, model, tokenizer, part, device)
+                own = key + json.dumps([(*row, asked.profiles.get(row[1])) for row in part.fields()])
+                rows = use_part(work / f"{k:06d}.json", own, predict) if args.output else predict()
+                gold.extend(rows if has_gold else ())
+                yield from output_rows(part, rows, thresholds, together)
+                bar.update(len(rows))
+
+    if args.output is None:
+        print_table([*shown()], task.label_names)
+        return None
+    spreads = [f"{name}_spread" for name in task.label_names if together]
+    with lock_out(work):
+        lora.write_atomically(work / args.output.name, lambda path: write_rows(
+            path, shown(), args.output.suffix == ".jsonl", spreads))
+        os.replace(work / args.output.name, args.output)
+        shutil.rmtree(work)
+    return metrics.evaluate(gold, task.label_names, thresholds if method.family == "cls" else None,
+                            strangers) | {"seconds": time.perf_counter() - started} if gold else None
+
+
+def use_run(args, given, device):
+    """`--run DIR`: predicts texts, or evaluates a split and returns its metrics."""
+    run = load_run(args.run, given)
+    if not given.keys() & TEXTS_IN:
+        return evaluate_run(args, run, device)
+    if (args.text is None) == (args.input is None) or (args.input is None) != (args.output is None):
+        raise ValueError("give --text with a text, and --users, the IDs of who labels it; or --input with "
+                         "--output")
+    return predict_texts(args, run, device)
 
 
 # ---- Queries ----
@@ -1019,7 +1236,7 @@ def query_model(args, device):
     if old:
         check_inputs(args.out, old, report, model)
     else:
-        write_json(args.out / "config.json", describe_run(args, report, model))
+        write_json(args.out / "run.json", describe_run(args, report, model, task, splits["train"]))
     return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
                     Processes(device=device))
 
@@ -1037,8 +1254,8 @@ def query_server(args):
     if old:
         check_inputs(args.out, old, report)
     elif not args.dry_run:
-        write_json(args.out / "config.json", describe_run(args, report))
-    started, annotations, method = time.perf_counter(), splits[args.split], METHODS[args.method]
+        write_json(args.out / "run.json", describe_run(args, report, None, task, splits["train"]))
+    started, annotations, method = time.perf_counter(), splits[args.split], method_of(args)
     inputs, prompt_index, too_few = data.prompt_inputs(method, annotations, example_pool(args, splits),
                                                        args.split_seed)
     if too_few:
@@ -1062,7 +1279,7 @@ def query_server(args):
                          usage=usage, n_too_few_examples=too_few, seconds=time.perf_counter() - started)
 
 
-OF_RUN = {"text", "text_file", "users", "lora_r", "lora_alpha", "lora_dropout", "target_modules"}
+OF_RUN = TEXTS_IN | {"lora_r", "lora_alpha", "lora_dropout", "target_modules"}
 OF_LOCAL = {"chat_template", "constrain", "dtype", "max_length", "micro_batch_tokens", "quantize", "revision"}
 OF_SERVER = {"dry_run", "max_cost", "price_in", "price_out", "max_tokens", "concurrency", "timeout_s",
              "max_retries"}  # flags that have no meaning for the others
@@ -1084,8 +1301,12 @@ def parse_args(argv=None):
     add("--run", type=Path, help="directory of a training run")
     add("--split", choices=("test", "val"), default="test", help="(default: %(default)s)")
     add("--text", help="a text to show to --users")
-    add("--text_file", type=Path, help="the same, one text per line")
-    add("--users", nargs="+", help="IDs of the users who see --text")
+    add("--input", type=Path, help="a file of texts, as --dataset takes it; users and labels may be missing")
+    add("--output", type=Path, help="what is predicted for it, a row for each text and user: .csv or .jsonl")
+    add("--force", action="store_true", help="replace --output")
+    add("--users", nargs="+", metavar="ID",
+        help="who sees each text; all: each user of train, and how they split (default: the file's users)")
+    add("--threshold", type=data.share, help="of a decision (default: tuned on val; the paper's: 0.5)")
     add("--chat_template", action="store_true",
         help="wrap a query in the model's own chat template (default: the plain prompt)")  # [choice.P7]
     add("--api_base", help=f"ask an OpenAI-compatible server (default for GPT names: {OPENAI_BASE})")
@@ -1102,7 +1323,7 @@ def parse_args(argv=None):
     all_given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: value for name, value in all_given.items() if value is not unset}
     if args.run is None:
-        if args.method is None or METHODS[args.method].family != "query":
+        if args.method is None or method_of(args).family != "query":
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
         args.model = args.model or "mistral"
     elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER | {"api_base", "chat_template"}

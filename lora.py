@@ -6,6 +6,7 @@ in full precision (LM). The base is built without memory; its safetensors are st
 Modules have transformers' names (...ForSequenceClassification, ...ForCausalLM), so adapters are peft's files.
 
     python lora.py MODEL [--family cls|lm] [--quantize nf4|none]      prints the modules and what trains
+    python lora.py merge RUN OUT [BASE]      a finished run as an ordinary model directory of transformers
 
 Does not train (train.py) and does not know prompts or data.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -778,12 +780,16 @@ def digest_of(tensors, text=""):
     return digest.hexdigest()
 
 
-def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, target_modules, family):
+def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, target_modules, family,
+                 revision=None):
     """Writes adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them."""
+    base = hub_id(base_model)
     lm_task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if family == "cls" else lm_task, "inference_mode": True,
-        "base_model_name_or_path": hub_id(base_model), "target_modules": sorted(target_modules), "r": r,
+        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base, "r": r,
+        "revision": revision,
+        "target_modules": sorted(target_modules),
         "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": "none",
         "modules_to_save": list(model.last_layer) if model.last_layer_trains else None,
     }
@@ -795,7 +801,7 @@ def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, targ
 
 
 def load_adapter(model, directory):
-    """Fills the trainable parameters from adapter_model.safetensors, ours or peft's.
+    """Fills the trainable parameters from adapter_model.safetensors, ours or peft's; returns its digest_of.
 
     Raises: FileNotFoundError; ValueError if the file is broken or its tensors are not exactly the model's.
     """
@@ -803,8 +809,9 @@ def load_adapter(model, directory):
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; train first, or give the directory of a finished run")
     stored, own = dict(stored_tensors(path)), adapter_state(model)
+    digest = digest_of(stored)
     with safe_open(path, "pt") as file:  # peft's has no sha256
-        if (written := (file.metadata() or {}).get("sha256")) and written != digest_of(stored):
+        if (file.metadata() or {}).get("sha256", digest) != digest:
             raise ValueError(f"{path} is damaged: its tensors are not those that were written; restore it")
     if missing := sorted(own.keys() - stored.keys()):
         raise ValueError(f"{path} lacks {len(missing)} of {len(own)} tensors, such as {missing[0]}")
@@ -815,6 +822,7 @@ def load_adapter(model, directory):
             raise ValueError(f"{path}: {name} has shape {found}, not {expected}")
     for name, tensor in own.items():
         tensor.copy_(stored[name])
+    return digest
 
 
 @torch.no_grad()
@@ -830,6 +838,50 @@ def merge(model):
             merged.bias = base.bias
             model.set_submodule(key, merged)
     return model
+
+
+def save_merged(run, out, base=None, dtype=None, device="cpu"):
+    """Writes a finished run as a model that transformers loads without peft; returns the dtype of it.
+
+    Raises: ValueError if `run` is none, `out` holds something, or the base is another one or elsewhere.
+    """
+    run, out = Path(run), Path(out)
+    record = run / "run.json" if (run / "run.json").exists() else run / "config.json"
+    try:
+        record, adapter, result = (json.loads((run / name).read_bytes()) for name in (
+            record.name, "adapter_config.json", "metrics_test.json"))
+        given, names, r, alpha = record["arguments"], result["labels"], adapter["r"], adapter["lora_alpha"]
+        base, dtype = base or adapter["base_model_name_or_path"], dtype or given["dtype"]
+        cls, quantize, revision = adapter["task_type"] == "SEQ_CLS", given["quantize"], given["revision"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} is not a finished run ({error!r})") from None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists: give another name, or remove it")
+    model = build_model(base, "cls" if cls else "lm", len(names), quantize, DTYPES[dtype], device, revision)
+    if record.get("model_fingerprint", model.fingerprint) != model.fingerprint:
+        raise ValueError(f"the weights of {base} are not those that {run} began with: merge RUN OUT BASE")
+    model.last_layer_trains = bool(adapter["modules_to_save"])
+    add_lora(model, r, alpha, 0, adapter["target_modules"], base)
+    load_adapter(model, run)
+    tokenizer, config = load_tokenizer(base, revision), load_config(base, revision)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config.pad_token_id, config.dtype = tokenizer.pad_token_id, DTYPES[dtype]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: k for k, name in enumerate(names)}
+    config.problem_type = "multi_label_classification" if cls else None
+    config.tie_word_embeddings &= cls or not model.last_layer_trains
+    auto = (transformers.AutoModelForSequenceClassification if cls else
+            AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM)
+    with torch.device("meta"):
+        merged = auto.from_config(config)
+    state = merge(model).to(DTYPES[dtype]).state_dict()
+    turned = [f"{key}.weight" for key, module in merged.named_modules() if isinstance(module, Conv1D)]
+    merged.load_state_dict(state | {key: state[key].t().contiguous() for key in turned}, assign=True)
+    work = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)  # of a command that was killed
+    for part in (merged, tokenizer):
+        part.save_pretrained(work)
+    os.replace(work, out)
+    return dtype
 
 
 # ---- What is what ----
@@ -871,20 +923,28 @@ def add_arguments(parser):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print modules and what trains.", allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
-    parser.add_argument("model", help=f"{', '.join(MODELS)}, a hub id or a directory")
+    parser.add_argument("model", nargs="+",
+                        help=f"{', '.join(MODELS)}, a hub id or a directory; or: merge RUN OUT [BASE]")
     parser.add_argument("--family", choices=("cls", "lm"), default="cls", help="(default: %(default)s)")
     parser.add_argument("--n_labels", type=int, default=28, help="(default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args(argv)
+    args.model, *places = args.model
+    if len(places) not in ((2, 3) if args.model == "merge" else (0,)):
+        parser.error("give one model, or: merge RUN OUT [BASE]")
     dtype = args.dtype or default_dtype(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if places:
+            run, out, base = (*places, None)[:3]
+            print(f"{out}: {save_merged(run, out, base, args.dtype, device)}; transformers loads it")
+            return 0
         check_by_name(args.model, dtype, device)
         model = build_model(args.model, args.family, args.n_labels, args.quantize, DTYPES[dtype], device,
                             args.revision)
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules, args.model)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     print("\n".join(describe(model)))
     return 0

@@ -5,7 +5,7 @@ Arrays are numpy: N annotations, L labels; F1 is 0 to 1, and in percent in the t
 
     python metrics.py tables runs/paper      of the finished runs below a directory; tests/show.py draws them
 
-A finished run is a directory with config.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
+A finished run is a directory with run.json, metrics_test.json and predictions_test.jsonl; that of a `cls`
 run may hold baselines_test.json, {one of BASELINES: metrics and scores}. Does not predict or read a corpus.
 """
 
@@ -312,9 +312,15 @@ NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens"
               "max_cost", "follow"}
 
 
+def run_record(directory):
+    """The path of what a run says of itself: run.json, or config.json of older runs."""
+    new, old = Path(directory, "run.json"), Path(directory, "config.json")
+    return old if old.exists() and not new.exists() else new
+
+
 def checksums(directory, split, result):
     """sha256 of the files that the figures of a split were made with, and of the figures themselves."""
-    names = ("config.json", f"predictions_{split}.jsonl", f"baselines_{split}.json")
+    names = (run_record(directory).name, f"predictions_{split}.jsonl", f"baselines_{split}.json")
     contents = {name: Path(directory, name).read_bytes() for name in names if Path(directory, name).exists()}
     contents["figures"] = json.dumps(result).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -337,7 +343,7 @@ def read_checked(directory, only=None):
 
 def load_run(directory):
     """A finished run and its baselines. Raises: ValueError, KeyError, TypeError."""
-    metrics, config = read_checked(directory), json.loads((directory / "config.json").read_bytes())
+    metrics, config = read_checked(directory), json.loads(run_record(directory).read_bytes())
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
     run = {"limit": None, "max_steps": None, "follow": {}} | config["arguments"] | {

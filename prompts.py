@@ -25,6 +25,7 @@ class Method(NamedTuple):
     family: str  # "query" (no training), "cls" (classification head) or "lm" (language modelling)
     user_id: bool  # a `### User ID:` section
     shots: int  # K, examples of the user's own annotations
+    context: tuple[str, ...] = ()  # C_u: further things that are known of the user, such as an age
 
 
 METHODS = {
@@ -89,13 +90,16 @@ REQUESTS = (  # by the number of examples
 )
 
 
-def build_prompt(task, method, text, user_id=None, examples=()):
+def build_prompt(task, method, text, user_id=None, examples=(), context=()):
     """Returns (before, text, after): their concatenation is the prompt, and only `text` may be shortened.
 
     Source: appendix A.
-    Shapes: examples, the method's K pairs (text, label names) of the user's own annotations.
+    Shapes: examples, the method's K pairs (text, label names) of the user's own annotations; context, the
+    user's values of method.context.
     """
-    request = REQUESTS[min(method.shots, 2)] + (" for the specified user" if method.user_id else "")
+    of_user = [str(user_id)] * method.user_id  # the ID on its own line: [choice.P5]
+    of_user += [f"{name}: {value}" for name, value in zip(method.context, context, strict=True)]
+    request = REQUESTS[min(method.shots, 2)] + (" for the specified user" if of_user else "")
     request += f" by selecting the most appropriate {task.item} from the provided list. {task.hint}"
     if method.family != "cls":
         item = task.few_shot_item if method.shots else task.item
@@ -106,8 +110,8 @@ def build_prompt(task, method, text, user_id=None, examples=()):
         number = f" {k}" if method.shots > 1 else ""
         before += f"### Example{number}:\n{example_text}\n\n"
         before += f"### Example{number} Response:\n{build_response(example_labels)}\n\n"
-    if method.user_id:
-        before += f"### User ID:\n{user_id}\n\n"  # the ID on its own line: [choice.P5]
+    if of_user:
+        before += "\n".join(["### User ID:", *of_user]) + "\n\n"
     before += "### Text:\n"
     labels = "\n".join(f"- {name}" for name in task.label_names)  # "- " before the first one too: [choice.P4]
     after = f"\n\n### {task.item.capitalize()}s:\n{labels}\n\n### Response:"

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import data
 import infer
 import lora
+import metrics
 from infer import ALONE, Processes, claim_out, from_all, summed, to_device
 from prompts import METHODS
 
@@ -169,6 +170,18 @@ class Objective:
 
         total = summed(self.fitting(own, encoded, rows), self.processes.device)
         return float(total[0] / self.terms(encoded, rows))
+
+    def validate(self, encoded, prefix):
+        """{figure: value} of a split by one pass, the same on every process: its loss, a classifier's F1."""
+        if self.family != "cls":
+            return {"val_loss": self.mean_loss(encoded, prefix)}
+        logits = infer.predict_scores(self.model, encoded, self.tokens_per_batch, self.processes, "", True)
+        gold, scores = encoded.labels > 0, 0.5 + 0.5 * np.tanh(0.5 * logits)
+        tuned = scores >= metrics.tune_thresholds(gold, scores)
+        pair = (torch.from_numpy(array).double() for array in (logits, encoded.labels))
+        return {"val_loss": F.binary_cross_entropy_with_logits(*pair).item(),
+                "val_f1_macro": metrics.f1_macro(gold, scores >= 0.5),
+                "val_f1_macro_tuned": metrics.f1_macro(gold, tuned)}
 
     def fitting(self, work, encoded, rows):
         """work(), where memory runs out again from its start, in micro-batches of half the size.
@@ -432,9 +445,9 @@ def train(args, encoded, objective, optimizer, parameters, save_best):
     every = max(1, math.ceil(total / args.validations))
     prefix = {name: infer.shared_prefix(objective.model, encoded[name]) for name in ("train", "val")}
     scale, buffer = LossScale(args.dtype == "fp16"), flat_gradients(parameters)
-    state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state()}
+    state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state(), "waited": 0}
     if found := load_checkpoint(directory, parameters, optimizer, objective.processes):
-        state = found
+        state |= found
         scale.value, scale.good_steps, scale.skipped = state["scale"]
         if not rank:
             print(f"resumed at step {state['step']} of {total}")
@@ -442,6 +455,10 @@ def train(args, encoded, objective, optimizer, parameters, save_best):
     bar = tqdm(total=total, initial=state["step"], desc="train", disable=rank > 0)
     with StopSignal() as stop, bar:
         for step, rows in remaining_steps(encoded["train"], args, state["step"], total):
+            if args.patience and state["waited"] >= args.patience:  # on all processes, and if resumed
+                bar.write(f"training ends at step {state['step']} of {total}: no better validation loss in "
+                          f"{state['waited']} validations", end="\n" if not rank else "")
+                break
             optimizer.param_groups[0]["lr"] = learning_rate_at(step - 1, total, args.learning_rate)
             try:
                 loss, norm, stopped = train_step(objective, optimizer, buffer, scale, encoded["train"], rows,
@@ -456,13 +473,14 @@ def train(args, encoded, objective, optimizer, parameters, save_best):
                           skipped_steps=scale.skipped)
                 bar.set_postfix(loss=f"{loss:.4f}")
             if validate:
-                val_loss = objective.mean_loss(encoded["val"], prefix["val"])
-                log.write(step, val_loss=val_loss)
-                if not math.isfinite(val_loss):
+                figures = objective.validate(encoded["val"], prefix["val"])
+                log.write(step, **figures)
+                if not math.isfinite(val_loss := figures["val_loss"]):
                     raise ValueError(f"step {step}: validation loss {val_loss}; "
                                      f"{kept_checkpoint(directory, state)}")
+                state["waited"] += 1
                 if val_loss < state["best_val_loss"]:  # [choice.T7]
-                    state |= {"best_val_loss": val_loss, "best_step": step}
+                    state |= {"best_val_loss": val_loss, "best_step": step, "waited": 0}
                     save_best()
                 stopped = any(from_all(stop.received > 0))  # in the validation, too
             if validate or stopped:
@@ -538,6 +556,25 @@ class Log:
         self.start()
 
 
+def go_on_from(args, task, model, targets):
+    """Fills the model with the adapter of a finished run; returns (what run.json says of that, its users).
+
+    Raises: ValueError if it has other labels, another base or another adapter.
+    """
+    run, ours = args.init_adapter, vars(args)
+    theirs, (of_run, users, _) = vars(infer.load_run(run, {})), infer.knowledge(run, 0.5)
+    adapter = json.loads((run / "adapter_config.json").read_bytes())
+    pairs = {name: (theirs[name], ours[name]) for name in ("lora_r", "lora_alpha")} | {
+        "family": tuple(METHODS[one["method"]].family for one in (theirs, ours)),
+        "labels": (of_run.label_names, task.label_names),
+        "trained last layer": (bool(adapter["modules_to_save"]), model.last_layer_trains),
+        "base": (infer.read_record(run)["model_fingerprint"], model.fingerprint),
+        "target_modules": (sorted(adapter["target_modules"]), targets)}
+    if different := [f"{name} {a} there, {b} here" for name, (a, b) in pairs.items() if a != b]:
+        raise ValueError(f"--init_adapter {run} does not fit: {'; '.join(different)}")
+    return {"run": str(run), "sha256": lora.load_adapter(model, run)}, users
+
+
 def print_arithmetic(args, encoded, counts, processes, prefix):
     """Says once what a step is made of."""
     mean_length = encoded.lengths[encoded.prompt_index].mean()
@@ -551,7 +588,7 @@ def print_arithmetic(args, encoded, counts, processes, prefix):
 
 def run(args, processes):
     """The whole of a run, from the arguments to metrics_test.json."""
-    first, method = processes.rank == 0, METHODS[args.method]
+    first, method = processes.rank == 0, infer.method_of(args)
     say = print if first else lambda *_: None
     infer.complete(args)
     lora.check_by_name(args.model, args.dtype, processes.device)
@@ -565,10 +602,13 @@ def run(args, processes):
     model, targets = infer.build(args, len(task.label_names), processes.device)
     if args.gradient_checkpointing:
         lora.recompute_layers(model)
+    origin, known = go_on_from(args, task, model, targets) if args.init_adapter else (None, {})
     parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, model)
     if old:
         infer.check_inputs(args.out, old, report, model)
+        if origin != old.get("init_adapter"):
+            raise ValueError(f"--init_adapter {args.init_adapter} is not the run that {args.out} began with")
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
     if args.micro_batch_tokens == "auto" and old:
         args.micro_batch_tokens = old["arguments"]["micro_batch_tokens"]
@@ -581,19 +621,23 @@ def run(args, processes):
         print_arithmetic(args, encoded["train"], counts, processes,
                          infer.shared_prefix(model, encoded["train"]))
         if not old:
-            infer.write_json(args.out / "config.json", infer.describe_run(args, report, model) | {
-                "world_size": processes.world_size,
+            record = infer.describe_run(args, report, model, task, splits["train"])
+            record["users"] = known | record["users"]
+            infer.write_json(args.out / "run.json", record | {
+                "world_size": processes.world_size, "init_adapter": origin,
                 "parameters": dict(zip(("base", "quantized", "trainable"), counts, strict=True))})
 
     def save_best():
         if first:
             lora.save_adapter(model, args.out, args.model, args.lora_r, args.lora_alpha, args.lora_dropout,
-                              targets, method.family)
+                              targets, method.family, args.commit or args.revision)
 
     torch.manual_seed(args.seed + 1 + processes.rank)  # dropout differs between processes
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
     state = train(args, encoded, objective, optimizer, parameters, save_best)
     say(f"best validation loss {state['best_val_loss']:.4f} at step {state['best_step']}")
+    if first:
+        infer.amend_record(args.out, steps=state["step"], best_step=state["best_step"])
     from_all(None)  # the adapter is on disk
     lora.load_adapter(model, args.out)
     result = infer.evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"],
@@ -615,6 +659,10 @@ def parse_args(argv=None):
         help=f"annotations per optimizer step over all processes, 8 x 4 x 4 {source}")
     add("--learning_rate", type=infer.above_zero, default=1e-4, help=f"peak {source}")
     add("--max_grad_norm", type=infer.above_zero, default=1.0, help=source)
+    add("--patience", type=infer.positive, metavar="N",
+        help="end after N validations without a lower loss than the best (default: all steps)")
+    add("--init_adapter", type=Path, metavar="RUN",
+        help="go on from the weights of a finished run, with new data or users and a new optimizer")
     add("--validations", type=infer.positive, default=20, help=f"per run, that is every 5%% {source}")
     add("--merge_duplicates", action="store_true",
         help="keep the annotations of one prompt in one step, where they cost one pass (for cls and lm)")

@@ -138,7 +138,7 @@ COLUMNS = ("kills", "runs", "different", "refused", "partial", "repeated")
 
 def contents(out, names):
     """The files' bytes, less the seconds and the place of a run, and the checksums of what holds them."""
-    return [re.sub(rb'"(seconds|out|config.json|figures)": .*', b"", (out / name).read_bytes())
+    return [re.sub(rb'"(seconds|out|run.json|figures)": .*', b"", (out / name).read_bytes())
             for name in names if (out / name).exists()]
 
 

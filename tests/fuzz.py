@@ -277,12 +277,12 @@ def open_cache(rng, work):
 
 def tables(rng, work):
     """`metrics.py tables` of a run with a damaged file ends with 0, or with 2 and one line."""
-    metrics.resample_f1.__defaults__ = 2, 0  # 1,000 resamples are nothing that an input can break
+    metrics.resample.__defaults__ = 2, 0  # 1,000 resamples are nothing that an input can break
     if not (work / "whole").exists():
         baselines = {"user_bias": {"f1_micro": 0.5, "scores": [[0.5, 0.25, 0.75]] * 9}}
         write_run(work / "whole", "cls", "mistral", 0.3, n_texts=3, baselines=baselines)
         (work / "runs" / "one").mkdir(parents=True)
-    files = ("config.json", "metrics_test.json", "predictions_test.jsonl", "baselines_test.json")
+    files = ("run.json", "metrics_test.json", "predictions_test.jsonl", "baselines_test.json")
     victim = rng.choice(files)
     for name in files:
         lines = (work / "whole" / name).read_text().splitlines()
@@ -297,9 +297,9 @@ def tables(rng, work):
 
 
 def load_run(rng, work):
-    """A config.json gives every argument of a run, or is refused."""
+    """A run.json gives every argument of a run, or is refused."""
     args = train.parse_args(["--method", rng.choice(("cls", "clsp", "lm", "lmp"))])
-    (work / "config.json").write_bytes(spoiled(rng, json.dumps(
+    (work / "run.json").write_bytes(spoiled(rng, json.dumps(
         {"arguments": infer.arguments_of(args), "data": {"files": {"a.csv": {}}}})))
     infer.add_arguments(shared := argparse.ArgumentParser(), ["cls"])
     try:

@@ -47,8 +47,8 @@ def add(runs_dir, command):
     """Puts each cell of the tables of a directory of runs into results/ledger.jsonl."""
     metrics.tables(runs_dir)
     report = json.loads(Path(runs_dir, "tables.json").read_text())
-    configs = [json.loads(path.read_text()) for path in Path(runs_dir).rglob("config.json")
-               if (path.parent / "metrics_test.json").exists()]
+    configs = [json.loads(metrics.run_record(path.parent).read_text())
+               for path in Path(runs_dir).rglob("metrics_test.json")]
     source = {"command": command} | {
         name: ", ".join(sorted({str(config[name]) for config in configs})) for name in ("commit", "device")}
     new = [{"title": title, "row": row, "column": column, "n": cells["n"]["text"],

@@ -13,7 +13,7 @@ import lora
 import metrics
 import train
 
-FILES = ("config.json", "predictions_test.jsonl", "metrics_test.json", "baselines_test.json")
+FILES = ("run.json", "predictions_test.jsonl", "metrics_test.json", "baselines_test.json")
 
 
 def damages(content, n):
@@ -88,7 +88,7 @@ def test_a_checkpoint_whose_header_has_another_dtype_or_shape_is_named(tmp_path,
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_of_a_run_is_named_or_its_tables_and_arguments_are_those_of_the_whole_one(
         finished, tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setattr(metrics, "resample_f1", functools.partial(metrics.resample_f1, resamples=20))
+    monkeypatch.setattr(metrics, "resample", functools.partial(metrics.resample, resamples=20))
     run = shutil.copytree(finished, tmp_path / "run")
     assert metrics.main(["tables", str(tmp_path)]) == 0
     tables, loaded = capsys.readouterr().out, infer.load_run(run, {})

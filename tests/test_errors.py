@@ -45,7 +45,7 @@ def test_a_run_is_not_resumed_on_other_data(tiny_dir, tmp_path, capsys):
     infer.complete(args)
     files = {"goemotions_1.csv": {"blob_id": "0"}}
     config = {"arguments": infer.arguments_of(args), "data": {"files": files}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run.json").write_text(json.dumps(config))
     assert train.main(command(tiny_dir, tmp_path)) == 2
     assert "the data files are not those that" in capsys.readouterr().err
 
@@ -123,15 +123,15 @@ def test_ctrl_c_outside_the_training_loop_is_a_line_and_status_130(
 
 def test_a_signal_in_the_last_validation_ends_the_run_with_a_line_and_is_resumed(
         tiny_dir, tmp_path, capsys, monkeypatch):
-    mean_loss = train.Objective.mean_loss
+    validate = train.Objective.validate
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return mean_loss(*args)
+        return validate(*args)
 
     arguments = command(tiny_dir, tmp_path / "out", "--max_steps", 1, "--validations", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Objective, "mean_loss", interrupted)
+        patch.setattr(train.Objective, "validate", interrupted)
         assert train.main(arguments) == 128 + signal.SIGTERM
     assert "stopped at step 1 of 1, which is saved" in capsys.readouterr().err
     assert train.main(arguments) == 0 and "resumed at step 1 of 1" in capsys.readouterr().out

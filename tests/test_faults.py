@@ -19,8 +19,8 @@ import lora
 import train
 
 VOLATILE = (rb'"(seconds|samples_per_s|tokens_per_s|peak_memory_gb|out|cached|requests'
-            rb'|config.json|figures)": [^,}\n]*')  # the last two: checksums of what holds the others
-OF_A_QUERY = {"config.json", "predictions_test.jsonl", "metrics_test.json"}
+            rb'|run.json|figures)": [^,}\n]*')  # the last two: checksums of what holds the others
+OF_A_QUERY = {"run.json", "predictions_test.jsonl", "metrics_test.json"}
 WRITTEN = {
     "train": OF_A_QUERY | {
         "log.jsonl", "adapter_model.safetensors", "adapter_config.json", "step-00000001.safetensors",

@@ -22,7 +22,7 @@ import train
 
 @pytest.mark.parametrize("target", fuzz.TARGETS, ids=lambda target: target.__name__)
 def test_hostile_inputs_are_read_as_they_are_or_refused_by_a_documented_error(target, monkeypatch):
-    monkeypatch.setattr(metrics.resample_f1, "__defaults__", (2, 0))  # the target lowers it: put it back
+    monkeypatch.setattr(metrics.resample, "__defaults__", (2, 0))  # the target lowers it: put it back
     counts, failures = fuzz.run(target, max(100, round(1500 * fuzz.TARGETS[target])), seed=1)
     assert not failures, "\n".join(failures)
     assert counts[1] > 0, "no input was hostile"
@@ -61,21 +61,21 @@ def test_a_checkpoint_whose_state_is_not_what_was_written_is_broken(tmp_path, ca
 @pytest.mark.parametrize("content", [
     "{}", "[]", "{", '{"arguments": {"follow": []}}', '{"arguments": {"seed": 1}}', "[" * 100_000])
 @pytest.mark.parametrize("script", ["infer", "train"])
-def test_a_config_json_that_is_none_of_a_run_is_one_line_and_exit_2(
+def test_a_run_json_that_is_none_of_a_run_is_one_line_and_exit_2(
         tiny_dir, tmp_path, capsys, content, script):
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "run.json").write_text(content)
     if script == "infer":
         assert infer.main(["--run", str(tmp_path)]) == 2
     else:
         model = ["--model", f"{tiny_dir}/models/mistral"]
         assert train.main(["--method", "cls", *model, "--out", str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and f"{tmp_path}/config.json is not the config.json of a run" in errors[0]
+    assert len(errors) == 1 and f"{tmp_path}/run.json is not the run.json of a run" in errors[0]
 
 
 @pytest.mark.parametrize("name, change", [
-    ("config.json", {"arguments": {"method": "cls", "model": "mistral", "seed": 1}}),
-    ("config.json", {"arguments": {"method": "cls", "model": ["mistral"], "dataset": "x", "seed": 1}}),
+    ("run.json", {"arguments": {"method": "cls", "model": "mistral", "seed": 1}}),
+    ("run.json", {"arguments": {"method": "cls", "model": ["mistral"], "dataset": "x", "seed": 1}}),
     ("metrics_test.json", {"f1_macro_tuned": {}}), ("metrics_test.json", {"thresholds": None}),
     ("metrics_test.json", {"f1_per_user": [1]}), ("metrics_test.json", {"f1_macro": float("nan")}),
     ("baselines_test.json", {"user_bias": 3}), ("baselines_test.json", {"user_bias": {"f1_macro": {}}})])

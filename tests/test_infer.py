@@ -171,7 +171,7 @@ def test_the_adapter_of_the_best_validation_is_the_one_that_is_kept(finished):
 
 
 def test_users_held_out_of_training_are_reported_apart(finished):
-    config = json.loads((finished["clsp"] / "config.json").read_text())
+    config = json.loads((finished["clsp"] / "run.json").read_text())
     metrics = json.loads((finished["clsp"] / "metrics_test.json").read_text())
     unseen = config["data"]["unseen_users"]
     assert unseen and metrics["unseen"]["n_users"] == len(unseen)
@@ -240,7 +240,7 @@ def test_evaluating_a_run_again_gives_its_metrics(finished, capsys):
 
 @pytest.mark.parametrize("method", ["clsp", "lmp"])
 def test_a_text_is_shown_to_users_and_strangers_are_named(finished, capsys, method):
-    config = json.loads((finished[method] / "config.json").read_text())
+    config = json.loads((finished[method] / "run.json").read_text())
     rows = [
         json.loads(line) for line in (finished[method] / "predictions_test.jsonl").read_text().splitlines()
     ]
@@ -289,12 +289,14 @@ def test_a_chat_template_changes_the_prompts_of_a_query_only_when_asked(tiny_dir
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--run", "/nonexistent"], "no config.json"),
-        (["--model", "/elsewhere"], "was trained with model"),
+        (["--run", "/nonexistent"], "no run.json"),
+        (["--model", "/elsewhere"], "a hub id or a directory"),
         (["--lora_r", "7"], "was trained with lora_r 2"),
-        (["--text", "x"], "give --text or --text_file with a text, and --users"),
-        (["--text", "  ", "--users", "4"], "give --text or --text_file with a text, and --users"),
-        (["--users", "4"], "give --text or --text_file with a text, and --users"),
+        (["--text", "x"], "who labels the texts? Give --users"),
+        (["--text", "  ", "--users", "4"], "give --text with a text, and --users"),
+        (["--users", "4"], "give --text with a text, and --users"),
+        (["--input", "x.csv"], "or --input with --output"),
+        (["--text", "x", "--output", "x.csv"], "or --input with --output"),
         (["--dataset", "unhealthy"], "was trained with dataset"),
         (["--micro_batch_tokens", "auto"], "give --run a number"),
     ],
@@ -314,7 +316,7 @@ def test_a_run_is_decoded_with_constraints_beside_its_free_responses(finished, t
     metrics = json.loads((tmp_path / "constrained" / "metrics_test.json").read_text())
     assert metrics["share_not_understood"] == metrics["share_empty_answers"] == 0
     assert (finished["lmp"] / "predictions_test.jsonl").read_bytes() == free
-    assert json.loads((tmp_path / "constrained" / "config.json").read_text())["arguments"]["constrain"]
+    assert json.loads((tmp_path / "constrained" / "run.json").read_text())["arguments"]["constrain"]
 
 
 @pytest.mark.parametrize(
@@ -370,10 +372,10 @@ def test_a_query_does_not_overwrite_another_one(tiny_dir, tmp_path, capsys):
     before = (tmp_path / "out" / "predictions_test.jsonl").read_bytes()
     assert infer.main(command(tiny_dir, "q1s", *arguments)) == 2
     assert "method 'q0s' there, 'q1s' here" in capsys.readouterr().err
-    written = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    written = (tmp_path / "out" / "run.json").stat().st_mtime_ns
     assert infer.main(command(tiny_dir, "q0s", *arguments)) == 0
     assert "is finished: its result is in metrics_test.json" in capsys.readouterr().out
-    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == written
+    assert (tmp_path / "out" / "run.json").stat().st_mtime_ns == written
     assert (tmp_path / "out" / "predictions_test.jsonl").read_bytes() == before
 
 
@@ -387,9 +389,9 @@ def test_a_run_is_not_evaluated_on_other_data_or_weights(finished, tiny_dir, tmp
     """Two label columns with swapped names, or another base under the same path, would be other numbers."""
     inputs, run = shutil.copytree(tiny_dir, tmp_path / "inputs"), tmp_path / "run"
     shutil.copytree(finished["clsp"], run)
-    (run / "metrics_test.json").unlink()  # it holds the checksum of config.json
-    text = (run / "config.json").read_text().replace(str(tiny_dir), str(inputs))
-    (run / "config.json").write_text(text)
+    (run / "metrics_test.json").unlink()  # it holds the checksum of run.json
+    text = (run / "run.json").read_text().replace(str(tiny_dir), str(inputs))
+    (run / "run.json").write_text(text)
     if what == "data":
         path = inputs / "goemotions" / "goemotions_1.csv"
         swapped = path.read_text().replace("joy", "anger_", 1).replace("anger,", "joy,", 1)
@@ -398,9 +400,9 @@ def test_a_run_is_not_evaluated_on_other_data_or_weights(finished, tiny_dir, tmp
         (path,) = Path(json.loads(text)["arguments"]["model"]).glob("model*.safetensors")
         tensors = load_file(path)
         save_file({name: tensor + 0.05 for name, tensor in tensors.items()}, path, {"format": "pt"})
-    for more in ([], ["--text", "x", "--users", "4"]):
-        assert infer.main(["--run", str(run), *more]) == 2
-        assert f"the {what.replace('data', 'data files')}" in capsys.readouterr().err
+    assert infer.main(["--run", str(run)]) == 2
+    assert f"the {what.replace('data', 'data files')}" in capsys.readouterr().err
+    assert infer.main(["--run", str(run), "--text", "x", "--users", "4"]) == (0 if what == "data" else 2)
 
 
 def test_predictions_that_were_cut_short_are_made_again(finished, tmp_path, capsys):

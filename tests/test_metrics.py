@@ -403,7 +403,7 @@ def write_run(path, method, model, flip, dataset="goemotions", seed=42, note=Non
     rows = [row(n // 3, n % 3, names[n], names[len(gold) + n], scores[n].tolist()) for n in range(len(gold))]
     result = metrics.evaluate(rows, LABELS, thresholds=[0.5] * 3, unseen_users=[2])
     arguments = {"method": method, "model": model, "dataset": dataset, "seed": seed, "out": str(path), **more}
-    (path / "config.json").write_text(json.dumps({"arguments": arguments, "versions": {}, "note": note}))
+    (path / "run.json").write_text(json.dumps({"arguments": arguments, "versions": {}, "note": note}))
     (path / "predictions_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = [{"step": k, "loss": 1 / k} for k in range(1, 30)] + [{"step": 29, "val_loss": 0.2}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -586,7 +586,7 @@ def test_a_missing_directory_and_one_without_runs_are_one_line_and_exit_2(tmp_pa
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("config.json", "{", "config.json"), ("predictions_test.jsonl", "", "predictions_test.jsonl"),
+    ("run.json", "{", "run.json"), ("predictions_test.jsonl", "", "predictions_test.jsonl"),
     ("baselines_test.json", "nope", "baselines_test.json"), ("metrics_test.json", "[]", "TypeError"),
     ("metrics_test.json", "{}", "KeyError"), ("metrics_test.json", '{"sha256": {}}', "figures"),
 ])

@@ -471,7 +471,7 @@ def test_measured_growth_is_that_of_the_work(tmp_path):
 def test_a_run_with_auto_micro_batches_says_and_records_what_fits(tiny_dir, tmp_path, capsys):
     arguments = command(tiny_dir, tmp_path / "out", "--micro_batch_tokens", "auto")
     assert train.main(arguments) == 0
-    tokens = json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["micro_batch_tokens"]
+    tokens = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["micro_batch_tokens"]
     assert tokens > 0 and f"--micro_batch_tokens {tokens} fits into the " in capsys.readouterr().out
 
 

@@ -142,9 +142,9 @@ def test_ids_and_label_names_never_become_paths_and_a_revision_is_passed_on_and_
     assert train.main(arguments) == 0
     assert infer.main(["--run", str(out), "--text", "../x", "--users", *ODD]) == 0
     assert asked and {*asked} == {"v1.0"}
-    names = {".lock", "config.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json"}
+    names = {".lock", "run.json", "log.jsonl", "adapter_model.safetensors", "adapter_config.json"}
     names |= {f"{kind}_{split}.json{lines}" for kind, lines in (("metrics", ""), ("predictions", "l"))
               for split in ("val", "test")}
     assert {*tmp_path.rglob("*")} - before == {out, *(out / name for name in names)}
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "run.json").read_text())
     assert config["arguments"]["revision"] == "v1.0" and "model_commit" in config
