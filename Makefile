@@ -18,7 +18,7 @@ help:
 	@echo "make setup       .venv with the exact versions of requirements*.txt (the other targets call it)"
 	@echo "make test        the tests: CPU, no network"
 	@echo "make reproduce   [PROFILE=tiny|small|paper] [SEEDS='1 2 3'] [MODEL=DIR] [DATA=DIR] [CSV=annotations.csv]"
-	@echo "make tour        runs/tour.html: the method in 18 stops, paper beside code beside an example"
+	@echo "make tour        runs/tour.html: the method in stops, the paper's words beside the code and an example"
 	@echo "make bench       speed and memory beside transformers Trainer + peft, in the same run"
 	@echo "make chaos       kills and faults, many of them; what was lost"
 	@echo "make lint        ruff and mypy"

@@ -27,6 +27,8 @@ addEventListener("load", () => {
     one.click();
     if (location.hash !== one.hash || !document.querySelector(one.hash)) lost.push(one.hash);
   }
+  for (const key of "jjk") dispatchEvent(new KeyboardEvent("keydown", {key}));
+  if (location.hash !== links.at(-1).hash) lost.push("after the keys j, j, k: " + location.hash);
   parent.postMessage([innerWidth, document.documentElement.scrollWidth, wide, lost, links.length > 50,
     document.querySelector(".stop math mfrac").getBoundingClientRect().height > 15], "*");
 });

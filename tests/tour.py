@@ -433,9 +433,11 @@ def show_f1(e):
     gold, predicted = e.array("clsp", "gold"), e.array("clsp", "predicted")
     rows = [(label, *(int(n) for n in counts), f1) for label, counts, f1 in zip(
         e.labels, metrics.count(gold, predicted)[0].T, metrics.f1_per_label(gold, predicted))]
+    absent = [row[0] for row in rows if not any(row[1:4])]
     return (words(f"CLS-P on the {len(gold):,} annotations of test:") + table(
         ("", "TP", "FP", "FN", "$F_k$"), [*rows, ("F1-macro", "", "", "", metrics.f1_macro(gold, predicted))],
-        lambda row: row[1] == ""))
+        lambda row: row[1] == "")
+            + (words(f"Neither given nor predicted, and so 0: {', '.join(absent)}.") if absent else ""))
 
 
 def show_threshold(e):
@@ -559,6 +561,7 @@ function here() {
 }
 addEventListener("scroll", here, {passive: true});
 addEventListener("keydown", event => {
+  here();
   const next = stops[at + ({j: 1, k: -1}[event.key] ?? NaN)];
   if (next && !event.ctrlKey && !event.metaKey && !event.altKey) location.hash = next.id;
 });
