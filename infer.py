@@ -177,7 +177,8 @@ def load_tokenizer(args):
             commit = commit or old.get("model_commit")
         commit = commit or lora.commit_of(args.model, args.revision)
         tokenizer = lora.load_tokenizer(args.model, commit or args.revision)
-        tokenizer.n_embeddings = lora.load_config(args.model, commit or args.revision).vocab_size
+        config = lora.load_config(args.model, commit or args.revision)
+        tokenizer.n_embeddings = getattr(config, "vocab_size", math.inf)
         return commit, tokenizer
 
     args.commit, tokenizer = lora.by_turns(work)

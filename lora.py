@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -52,6 +53,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for kernels we do not need
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # of .bin files that are read, or refused
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: what becomes of them is an error
 import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes import matmul_4bit  # noqa: E402
@@ -394,7 +396,7 @@ def hub_says(model, error, name="", revision=None):
         return f"--revision {revision} is no branch, tag or commit of {page}"
     if is_a(errors.RepositoryNotFoundError) or status == 401:
         return f"the hub finds nothing of this name, or it is private ({login}); or use {sorted(MODELS)}"
-    if constants.is_offline_mode() and is_a(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    if constants.HF_HUB_OFFLINE and is_a(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         held = Path(constants.HF_HUB_CACHE).glob("models--*")
         held = sorted(path.name[8:].replace("--", "/") for path in held)
         return (f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} finds nothing for {name or 'it'}, "
@@ -438,7 +440,7 @@ def find(model, name, revision=None, needed=True, dry_run=False):
     progress = functools.partial(tqdm, **{} if sys.stderr.isatty() else lines)
     with in_a_line(model, name, revision):
         cached = try_to_load_from_cache(hub, name, revision=revision)
-        if not isinstance(cached, str) and (cached or constants.is_offline_mode() and not needed):
+        if not isinstance(cached, str) and (cached or constants.HF_HUB_OFFLINE and not needed):
             return None  # known not to exist, or not known
         with contextlib.suppress(errors.RemoteEntryNotFoundError):
             return hf_hub_download(hub, name, revision=revision, tqdm_class=progress, dry_run=dry_run)
@@ -946,6 +948,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     print("\n".join(describe(model)))
     return 0
 

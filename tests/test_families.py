@@ -195,3 +195,78 @@ def test_three_steps_lower_the_loss_and_do_not_depend_on_the_prefix(made, family
             break
     assert losses[0][2] < losses[0][0]
     assert_close(torch.tensor(losses[0]), torch.tensor(losses[-1]), 1e-4)
+
+
+# ---- What a load says, chooses and refuses ----
+
+
+def written(directory, name, **options):
+    """The path of a small random checkpoint, whose generation ends at token 2."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**options))
+    for parameter in plain.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)
+    plain.save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_head_with_a_layer_before_it_is_refused_for_lm_and_no_model_is_silently_wrong(tmp_path):
+    """modernbert-decoder: its lmp was another model's, exit 0."""
+    path = written(tmp_path, "ModernBertDecoder", **HEADS | MIXED | dict(
+        cls_token_id=1, sep_token_id=2, global_rope_theta=1e4))
+    for family in ("lm", "query"):
+        with pytest.raises(ValueError, match="last states of its decoder.*--method cls or clsp"):
+            lora.load_base(path, family, "none")
+    lora.load_base(path, "cls", "none")
+
+
+@pytest.mark.parametrize("family, options, words", [
+    ("Lfm2", GROUPED | dict(full_attn_idxs=[1]), r"no cache of keys and values in \['conv'\]"),
+    ("OpenAIGPT", dict(vocab_size=160, n_embd=32, n_layer=2, n_head=4), "cannot be used"),
+    ("Mixtral", GROUPED | dict(num_local_experts=4), "block_sparse_moe.experts.0.w1.weight")])
+def test_what_decodes_another_way_or_is_stored_another_way_is_one_line(tmp_path, family, options, words):
+    path = written(tmp_path, family, **options)
+    for method in ("cls", "lm"):
+        with pytest.raises(ValueError, match=words) as raised:
+            lora.load_base(path, method, "nf4")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_line_says_which_share_of_the_weights_is_neither_quantized_nor_adapted(tmp_path, capsys):
+    """Fused experts: 2 layers of 4 x (32 x 96 + 48 x 32) of all weights, by hand."""
+    path = written(tmp_path, "GptOss", **HEADS | MIXED | dict(num_local_experts=4, num_experts_per_tok=2))
+    capsys.readouterr()
+    model = lora.load_base(path, "cls", "nf4")
+    experts = 2 * 4 * (32 * 96 + 48 * 32)
+    share = experts / lora.count_parameters(model)[0]
+    assert f"{share:.0%} of the weights of {path} are fused experts: neither" in capsys.readouterr().err
+
+
+def test_end_tokens_are_those_of_the_config_and_of_generation_config_json(tmp_path):
+    path = written(tmp_path, "Llama", **GROUPED)
+    transformers.GenerationConfig(eos_token_id=[7, 9]).save_pretrained(path)
+    assert lora.load_base(path, "lm", "none").end_tokens == {2, 7, 9}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="GenerationConfig finds nothing"):
+        lora.load_base(path, "lm", "none")
+
+
+def test_labels_end_at_any_end_token(tiny_dir):
+    tokenizer = lora.load_tokenizer(f"{tiny_dir}/models/mistral")
+    sequences = infer.LabelSequences(tokenizer, ("anger", "joy"), ends=(5, 6))
+    state = sequences.start
+    for token in tokenizer("\nanger", add_special_tokens=False)["input_ids"]:
+        state = sequences.allowed(state)[token]
+    accepted = sequences.allowed(state)
+    assert {5, 6, tokenizer.eos_token_id} < set(accepted) and len(accepted) == 4  # or a comma
+
+
+def test_constrained_responses_of_a_window_are_those_of_rows_alone(tiny_dir, tmp_path):
+    """Forced tokens that are read at once leave padding inside a row, which a window would count."""
+    tokenizer = lora.load_tokenizer(f"{tiny_dir}/models/mistral")
+    path = written(tmp_path, "Mistral", **HEADS | WINDOW | dict(vocab_size=len(tokenizer)))
+    model, encoded = lora.load_base(path, "query", "none"), some_annotations()
+    names = ("anger", "annoyance", "disapproval", "joy", "surprise")
+    together, _ = infer.generate(model, tokenizer, encoded, names, 4096, constrain=True)
+    alone, _ = infer.generate(model, tokenizer, encoded, names, 1, constrain=True)
+    assert together == alone and len({*together}) > 1

@@ -172,7 +172,7 @@ def test_a_repository_of_bin_files_trains_by_its_short_name_with_its_dtype(
     for flag in ("--dtype", "fp32"):
         arguments.remove(flag) if flag in arguments else None
     assert train.main(arguments) == 0
-    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["arguments"]["dtype"] == "fp16" and record["arguments"]["model"] == "stablelm"
     assert record["model_commit"] == COMMIT
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -329,10 +329,10 @@ def test_a_run_goes_on_and_is_used_with_the_commit_that_it_was_started_with(
     for path in out.glob("metrics_*"):
         path.unlink()
     assert train.main(arguments) == 0
-    assert json.loads((out / "config.json").read_text())["model_commit"] == COMMIT
+    assert json.loads((out / "run.json").read_text())["model_commit"] == COMMIT
     assert {file.name for file in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*")} == {COMMIT}
     assert train.main(run(tiny_dir, tmp_path / "new")) == 0
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["model_commit"] == "f" * 40
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["model_commit"] == "f" * 40
 
 
 # ---- Failures of the hub ----
@@ -398,6 +398,21 @@ def test_a_broken_download_is_resumed_where_it_broke(hub, model_dir, monkeypatch
         Answer.do_GET, Answer.do_HEAD = handler, handler
     asked = [given for file, given in ranges if weights(file) and given]
     assert "bytes=99-" in asked and "bytes=198-" in asked
+
+
+def test_ctrl_c_in_a_download_is_one_line(hub, tiny_dir, model_dir, tmp_path, capsys, monkeypatch):
+    publish(hub, model_dir)
+
+    def interrupted(model, name, *_, **options):
+        if weights(name) and not options["dry_run"]:
+            raise KeyboardInterrupt
+        return download(model, name, *_, **options)
+
+    download = lora.hf_hub_download
+    monkeypatch.setattr(lora, "hf_hub_download", interrupted)
+    assert lora.main([NAME]) == train.main(run(tiny_dir, tmp_path / "out")) == 130
+    lines = [line for line in capsys.readouterr().err.splitlines() if "fetched" not in line]
+    assert len(lines) == 2 and all("interrupted: the same command goes on" in line for line in lines)
 
 
 def test_without_a_network_a_whole_cache_is_used_and_half_a_one_is_told(hub, model_dir, capsys, monkeypatch):
