@@ -1,17 +1,23 @@
 """What `make reproduce` is about to do: the cells, what they cost on this machine, what is missing.
 
-    python tests/plan.py PROFILE --data DIR --model M --limit N N N --cells TARGET ...    before
-    python tests/plan.py PROFILE --missing                                                 after
+    python tests/plan.py PROFILE --data DIR --model M --limit N N N --epochs N --cells TARGET ...    before
+    python tests/plan.py PROFILE --missing                                                           after
 
-A target is the metrics_test.json of a cell. A training step takes 4 FLOP per weight and token: forward, and
-the gradient of activations; a generated response counts as 20 tokens. Hours are at 40% of the matrix-product
-rate that is measured here and now, a usual share for plain PyTorch.
+A target is the metrics_test.json of a cell; RUNS/plan.txt gets them in their order. The hours of profile
+small are measured: a few steps and answers of each kind of cell on each corpus, by the cell's own command as
+make has it, kept in RUNS/calibration.json. Those of profile paper are computed: a training step takes 4 FLOP
+per weight and token (forward, and the gradient of activations), a response 20 tokens, at 40% of the
+matrix-product rate that is measured here and now, a usual share for plain PyTorch.
 """
 
 import argparse
+import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +32,6 @@ SIZES = {  # model -> weights of the linear layers in 1e9, from the models' conf
     "stablelm": 3.03,
     "flan-t5": 2.67,
 }
-SMALL = 0.106  # of SmolLM2-135M; another model of profile small is counted as if it were that one
 DATA = {  # corpus -> (annotations in train and test, distinct texts in test, mean tokens of a prompt)
     "goemotions": (146_574, 18_233, 5_389, 184),
     "unhealthy": (168_503, 21_289, 4_425, 163),
@@ -38,10 +43,71 @@ USD_PER_REQUEST = {
 }  # 2026-11
 
 
-def plan_of(profile, todo, limit):
+FAMILY = {"cls": "clsp", "clsp": "clsp", "lm": "lmp", "lmp": "lmp"}  # method -> which is measured for it
+SAMPLE = 32, 16, 16  # annotations of train, val, test in a calibration, of 4 steps of 8
+
+
+def kind_of(target):
+    """What a cell is measured as: .../DATASET/MODEL[+VARIANT]/METHOD/SEED/metrics_test.json."""
+    dataset, model, method = target.parts[-5:-2]
+    return dataset, model.partition("+")[0], FAMILY.get(method, "q2s")
+
+
+def calibrate(kind, runs):
+    """{start, step and answer}: seconds of a start, and per annotation trained on and predicted."""
+    target = runs.joinpath(*kind, "1", "metrics_test.json")
+    found = subprocess.run(["make", "-n", "--no-print-directory", str(target), "PROFILE=small"],
+                           capture_output=True, text=True, check=True)
+    words = shlex.split(found.stdout.replace("\\\n", " "))
+    command = words[words.index("--") + 1 :]
+    with tempfile.TemporaryDirectory() as out:
+        more = ["--out", out, "--limit", *map(str, SAMPLE)]
+        if kind[2] != "q2s":
+            more += ["--batch_size", "8", "--epochs", "1", "--validations", "1"]
+        started = time.perf_counter()
+        made = subprocess.run(command + more, capture_output=True, text=True, check=False)
+        whole = time.perf_counter() - started
+        if made.returncode:
+            raise ValueError((made.stderr.splitlines() or ["no reason given"])[-1])
+        seconds = json.loads(Path(out, "metrics_test.json").read_bytes())["seconds"]
+        answer = seconds / (SAMPLE[2] if kind[2] != "clsp" else sum(SAMPLE[1:]))
+        log = Path(out, "log.jsonl")
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        rates = [line["samples_per_s"] for line in lines if "samples_per_s" in line]
+    step = 1 / max(rates) if rates else 0.0
+    return {"start": whole - seconds - step * SAMPLE[0], "step": step, "answer": answer}
+
+
+def hours_of(todo, limit, epochs):
+    """The hours of the cells of profile small, measured; says how they come about."""
+    path = todo[0].parents[4] / "calibration.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    n_train, n_val, n_test = limit[0], limit[min(1, len(limit) - 1)], limit[-1]
+    total = 0.0
+    for target in todo:
+        kind = kind_of(target)
+        if "/".join(kind) not in measured:
+            print(f"measuring {' '.join(kind)} ...", flush=True)
+            measured["/".join(kind)] = calibrate(kind, path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(measured, indent=1))
+        own = measured["/".join(kind)]
+        answers = n_test + (n_val if kind[2] == "clsp" else 0)
+        trained = epochs * n_train + 4 * n_val / 2  # four validations, without a gradient
+        total += own["start"] + own["answer"] * answers + own["step"] * trained
+    return total / 3600
+
+
+def plan_of(profile, todo, limit, epochs):
     """The line of the cost: hours only on a machine that can run the cells."""
-    flop, usd = map(sum, zip((0, 0), *(cost_of(target, limit) for target in todo), strict=True))
-    if profile == "paper" and not torch.cuda.is_available():
+    if profile == "small":
+        try:
+            hours = f"{hours_of(todo, limit, epochs):.1f} hours, measured on this machine"
+        except ValueError as error:
+            hours = f"not measured ({error})"
+        return f"cost: {hours}; it may be interrupted at any time, and goes on where it stopped"
+    flop, usd = map(sum, zip((0, 0), *map(cost_of, todo), strict=True))
+    if not torch.cuda.is_available():
         return f"cost: {flop:.1e} FLOP on CUDA GPUs, which are not here; {usd:.0f} US dollars for the API"
     rate = measured_flops()
     return (
@@ -63,18 +129,15 @@ def measured_flops():
     return best * max(1, torch.cuda.device_count())
 
 
-def cost_of(target, limit):
-    """(FLOP, US dollars) of the cell .../DATASET/MODEL/METHOD/SEED/metrics_test.json."""
+def cost_of(target):
+    """(FLOP, US dollars) of the cell .../DATASET/MODEL/METHOD/SEED/metrics_test.json of profile paper."""
     dataset, model, method = target.parts[-5:-2]
-    n_train, n_test, n_texts, tokens = DATA.get(dataset, (0, 0, 0, 150))
-    epochs = EPOCHS
-    if limit:
-        (n_train, n_test, n_texts), epochs = (limit[0], limit[-1], limit[-1]), 1
+    n_train, n_test, n_texts, tokens = DATA[dataset]
     n_asked = n_texts if method == "q0s" else n_test
     if model.startswith("gpt"):
         return 0.0, n_asked * USD_PER_REQUEST[model]
-    weights = 1e9 * SIZES.get(model, SMALL)
-    trained = 0 if method.startswith("q") else 4 * n_train * epochs
+    weights = 1e9 * SIZES[model]
+    trained = 0 if method.startswith("q") else 4 * n_train * EPOCHS
     responses = 0 if method.startswith("cls") else 2 * n_asked * 20
     return weights * (tokens * (trained + 2 * n_asked) + responses), 0.0
 
@@ -99,6 +162,7 @@ def main(argv=None):
     parser.add_argument("--data", default="data")
     parser.add_argument("--model", default="")
     parser.add_argument("--limit", type=int, nargs="*", default=())
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--cells", type=Path, nargs="*", default=())
     args = parser.parse_args(argv)
     if args.missing:
@@ -108,13 +172,17 @@ def main(argv=None):
                 "model hub, the corpora (downloaded), and OPENAI_API_KEY for the GPT rows."
             )
         return
+    runs = args.cells[0].parents[4]
+    runs.mkdir(parents=True, exist_ok=True)
+    (runs / "plan.txt").write_text("".join(f"{target}\n" for target in args.cells))
     todo = [target for target in args.cells if not target.exists()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU of {os.cpu_count()} cores"
     print(f"profile {args.profile} on {device}: {len(args.cells)} cells, {len(todo)} of them to do")
     if args.profile == "tiny":
         print("cost: up to 10 minutes on 2 cores; nothing is missing or downloaded; synthetic numbers")
     else:
-        print(plan_of(args.profile, todo, args.limit if args.profile == "small" else ()))
+        if todo:
+            print(plan_of(args.profile, todo, args.limit, args.epochs))
         print(f"disk: {shutil.disk_usage('.').free / 1e9:.0f} GB free; the paper's models take about 40 GB")
     for line in missing(args.profile, args.data, args.model):
         print(f"missing: {line}")

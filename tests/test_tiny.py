@@ -2,6 +2,7 @@
 
 import csv
 import random
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -200,6 +201,26 @@ def test_prompts_are_short_and_names_are_single_tokens(corpus, architecture_dir)
     prompt = "".join(build_prompt(TASKS[corpus], METHODS["lmp"], text, list(world.people)[0]))
     response = build_response(TASKS[corpus].label_names[:3])
     assert len(tokenizer(f"{prompt}\n{response}")["input_ids"]) < 128
+
+
+def test_in_pretraining_strangers_stay_the_same_and_nobody_of_the_corpora_does():
+    """Whether a label is chosen where a strong word shows it: by a stranger always or never."""
+    given = defaultdict(list)
+    for prompt, response in tiny.draw_examples(0, 12000):
+        corpus = "goemotions" if "### Emotions:" in prompt else "unhealthy"
+        found = re.search(r"### User ID:\n(\d+)", prompt)
+        words = set(re.findall(r"\w+", prompt.split("### Text:")[1].split("###")[0]))
+        for label, (_, strong) in tiny.MARKERS[corpus].items() if found else ():
+            if words & set(strong.split()):
+                given[corpus, found[1], label].append(label in response.split(", "))
+    people = {(corpus, user) for corpus in TASKS for user in tiny.draw_world(corpus).people}
+    ids = {key[:2] for key in given}
+    assert people <= ids and len(ids - people) == 2 * tiny.STRANGERS
+    for key, chosen in given.items():
+        if key[:2] not in people:
+            assert np.mean(chosen) in (0, 1), key
+        elif len(chosen) >= 40:
+            assert 0 < np.mean(chosen) < 1, key
 
 
 def test_pretraining_lowers_the_loss_and_is_repeatable(tmp_path):

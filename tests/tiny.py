@@ -4,9 +4,9 @@ A machine without GPU, hub or data runs every script on these. Each annotator ha
 label and each text a hidden intensity per label, shown by its words: `label = intensity > threshold`. Two
 labels are above the threshold everywhere for an annotator, some never. Annotators who disagree on a text
 differ in nothing but their User ID, so a model that does not read it cannot tell them apart. LoRA cannot
-teach a random frozen model, so the models are pretrained here for seconds, on other texts and with a new
-person behind every ID in every example: like a real model they know the template and the words, and not who
-is who.
+teach a random frozen model, so the models are pretrained here for seconds, on other texts: with a new person
+in every example behind each ID of the corpora, and with a few strangers who stay the same behind other IDs.
+Like a real model they know the template and the words, and that an ID can matter; not who is who.
 
     python tests/tiny.py OUT_DIR               writes OUT_DIR/{goemotions,unhealthy,models} once
     python tests/tiny.py OUT_DIR --size mini    fewer texts and no pretraining, for tests
@@ -45,7 +45,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prompts import METHODS, TASKS, build_prompt, build_response  # noqa: E402
 
-SIZES = {"tiny": (500, 100, 250), "mini": (100, 30, 0)}  # texts in train; in val, in test; pretraining steps
+SIZES = {"tiny": (500, 100, 400), "mini": (100, 30, 0)}  # texts in train; in val, in test; pretraining steps
 
 # ---- Hidden world: the words that show a label, and the annotators who see it or do not ----
 
@@ -79,6 +79,7 @@ FILLER = (
 ).split()
 ENDINGS = (".", ".", "!", "?", " ...", " :)", " ’tis so", " 🙂")
 ACTIVITY = (1.0, 0.75) + (0.3,) * 8  # weights of the regular annotators; the first two end above max_share
+STRANGERS = 12  # of each corpus, in pretraining alone
 NOISE = 0.02  # share of (annotation, label) cells that are flipped
 
 
@@ -104,6 +105,11 @@ def draw_text(rng, corpus):
         k = rng.choice((0, 0, -1))
         words[k] = f'"{words[k]}"'
     return " ".join(words) + rng.choice(ENDINGS), intensities
+
+
+def draw_ids(rng, corpus, n):
+    """Returns n distinct user IDs as the corpus has them."""
+    return [*map(str, rng.sample(range(82) if corpus == "goemotions" else range(10**7, 5 * 10**7), n))]
 
 
 def draw_people(rng, corpus, user_ids):
@@ -132,8 +138,7 @@ def choose_labels(rng, corpus, intensities, thresholds, noise=NOISE):
 def draw_world(corpus, seed=0, size="tiny"):
     """Returns the World of a corpus: 3 to 5 annotators a text, and work for each stage of the cleaning."""
     rng = random.Random(f"{corpus} {seed}")
-    ids = rng.sample(range(82) if corpus == "goemotions" else range(10**7, 5 * 10**7), len(ACTIVITY) + 2)
-    people = draw_people(rng, corpus, [str(user_id) for user_id in ids])
+    people = draw_people(rng, corpus, draw_ids(rng, corpus, len(ACTIVITY) + 2))
     *regular, absent, rare = people
     n_train, n_other, _ = SIZES[size]
     drawn = {}  # text: intensities, without doubles
@@ -262,16 +267,24 @@ CHAT_TEMPLATE = (
 
 
 def draw_examples(seed, n):
-    """Returns n pairs (prompt, response), new texts, and a new person behind every ID."""
+    """Returns n pairs (prompt, response) of new texts.
+
+    A third is of IDs of the corpora, each time of a new person; the others are of strangers.
+    """
     rng = random.Random(f"pretraining {seed}")
-    ids = {corpus: list(draw_world(corpus, seed, "mini").people) for corpus in TASKS}
+    ids, strangers = {}, {}
+    for corpus in TASKS:
+        ids[corpus] = list(draw_world(corpus, seed, "mini").people)
+        others = [name for name in draw_ids(rng, corpus, 2 * STRANGERS + len(ids)) if name not in ids[corpus]]
+        strangers[corpus] = draw_people(rng, corpus, others[:STRANGERS])
     examples = []
     for k in range(n):
         corpus, method = list(TASKS)[k % 2], METHODS[rng.choice(("cls", "clsp", "lm", "lmp"))]
-        user_id, (text, intensities) = rng.choice(ids[corpus]), draw_text(rng, corpus)
-        labels = choose_labels(
-            rng, corpus, intensities, draw_people(rng, corpus, [user_id])[user_id], noise=0
-        )
+        people, (text, intensities) = strangers[corpus], draw_text(rng, corpus)
+        if rng.random() < 1 / 3:
+            people = draw_people(rng, corpus, [rng.choice(ids[corpus])])
+        user_id = rng.choice(list(people))
+        labels = choose_labels(rng, corpus, intensities, people[user_id], noise=0)
         examples.append(("".join(build_prompt(TASKS[corpus], method, text, user_id)), build_response(labels)))
     return examples
 
