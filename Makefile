@@ -79,8 +79,8 @@ ARGS_small = --model $(MODEL) $(if $(filter-out $(OWN),$1),--data_dir $(DATA)/$1
 # paper: the authors' recipe is the scripts' default
 CELLS_paper = $(call seeded,$(foreach d,goemotions unhealthy,\
   $(foreach m,phi-2 stablelm mistral,$(addprefix $d/$m/,$(TRAINED))) $(addprefix $d/flan-t5/,cls clsp lm lmp) \
-  $(foreach m,mistral flan-t5 $(if $(OPENAI_API_KEY),gpt-3.5-turbo gpt-4),$(addprefix $d/$m/,$(QUERIES)))))
-ARGS_paper = --model $2 --data_dir $(DATA)/$1
+  $(foreach m,mistral flan-t5 $(if $(OPENAI_API_KEY),gpt-6-luna gpt-5.6-terra),$(addprefix $d/$m/,$(QUERIES)))))
+ARGS_paper = --model $2 --data_dir $(DATA)/$1 $(if $(filter gpt-%,$2),--reasoning_effort none)
 
 LAUNCH_tiny = $(if $(filter mistral/clsp,$2/$3),$(BIN)/torchrun --standalone --nproc_per_node 2,$(BIN)/python)
 LAUNCH_small = $(BIN)/python

@@ -14,32 +14,23 @@ Identical prompts are predicted once, whatever the number of annotations. Does n
 import argparse
 import csv
 import dataclasses
-import email.utils
 import fcntl
 import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import platform
-import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.parse
-import zlib
-from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import requests
 import torch
 import torch.distributed as dist
 import transformers
@@ -48,6 +39,7 @@ from tqdm import tqdm
 import data
 import lora
 import metrics
+import prompts
 from prompts import METHODS, NONE, TASKS, Task, build_prompt, build_response, neutral_task, parse_response
 
 # ---- Arguments, data and configuration of a run ----
@@ -59,7 +51,7 @@ FOLLOW = {  # row of the audit -> whom it can follow, the default first
 
 
 HOW = {"out", "micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
-       "max_retries"}  # change no result, but for rounding
+       "max_retries", "api_base", "cache_from"}  # change no result of the same model, but for rounding
 PLACES = ("model", "dataset", "data_dir")  # what may lie elsewhere when a run is used: fingerprints decide
 
 
@@ -578,281 +570,6 @@ def decode(model, prompts, prefix, device, limit, ends, sequences=None):
                 write(row, max(choices, key=logits[row].__getitem__) if sequences else best[row])
 
 
-# ---- GPT API: any OpenAI-compatible POST {api_base}/chat/completions ----
-
-OPENAI_BASE = "https://api.openai.com/v1"
-# US dollars per million tokens (prompt, completion); source: developers.openai.com/api/docs/models, 2026-11.
-# The paper's models, gpt-3.5-turbo and gpt-4, were shut down there on 2026-10-23: their last prices.
-PRICES = {"gpt-3.5-turbo": (0.5, 1.5), "gpt-4": (30, 60), "gpt-4o": (2.5, 10), "gpt-4o-mini": (0.15, 0.6)}
-BYTES_PER_TOKEN = 4  # of an estimate: 4.2 to 5.0 by GPT-4's tokenizer (cl100k) on the paper's prompts
-CHAT_TOKENS = 8  # what the chat format adds to one message: 7 at OpenAI
-BACKOFF_S, BACKOFF_CAP_S, RETRY_AFTER_CAP_S = 1.0, 60.0, 120.0
-STOP_AFTER_FAILURES = 20  # requests in a row that failed in spite of their retries
-ANSWER_BYTES = 2**20  # a longer answer is none
-ACCEPTED = {200: ("answered", "refused", "empty"), 400: ("refused",)}  # 400: a content filter at Azure
-TOKENS = ("prompt_tokens", "completion_tokens")
-
-
-class ApiError(ValueError):
-    """What no retry mends: the run stops, and what was received is kept."""
-
-
-def is_api_model(model, api_base=None):
-    """True if `model` is asked over HTTP: a GPT name, or any name when --api_base is given."""
-    return api_base is not None or model.startswith("gpt-") and not Path(model).is_dir()
-
-
-def _dict(value):
-    return value if isinstance(value, dict) else {}
-
-
-def read_answer(answer):
-    """Returns the record of a JSON object that may hold anything; it has a response if answered."""
-    choices, usage, error = answer.get("choices"), _dict(answer.get("usage")), answer.get("error")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-    message, model = _dict(choice.get("message")), answer.get("model")
-    content, code = message.get("content"), _dict(error).get("code")
-    filtered = message.get("refusal") or "content_filter" in (choice.get("finish_reason"), code)
-    answered = isinstance(content, str) and content.strip() and not filtered
-    status = "refused" if filtered else "answered" if answered else "failed" if error else "empty"
-    known = all(type(usage.get(name)) is int and 0 <= usage[name] < 10**9 for name in TOKENS)
-    return {"status": status, "response": content if answered else None,
-            "truncated": choice.get("finish_reason") == "length",
-            "error": str(_dict(error).get("message") or error) if error else None,
-            "model": model if isinstance(model, str) else None,
-            **{name: usage[name] if known else None for name in TOKENS}}
-
-
-def retry_after_s(value):
-    """Seconds of a Retry-After header, a number or an HTTP date: 0 if there is none, and with a cap."""
-    try:
-        seconds = (float(value) if value[:1].isdigit()
-                   else email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_CAP_S)
-
-
-class ApiClient:
-    """One server, and the key for it: only the Authorization header ever shows it."""
-
-    def __init__(self, api_base, key, timeout_s, concurrency):
-        self.url, self.host = f"{api_base}/chat/completions", urllib.parse.urlsplit(api_base).netloc
-        self.key, self.timeouts, self.session = key, (10, timeout_s), requests.Session()
-        self.session.mount(api_base, requests.adapters.HTTPAdapter(pool_maxsize=concurrency))
-        self.session.auth = lambda request: request  # without it, ~/.netrc would replace the key
-        logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it prints the headers that it cannot read
-        self.secret = re.compile(  # as it is, or in the escapes of JSON in JSON
-            "".join(rf"(?:{re.escape(c)}|\\+u00{ord(c):02x})" for c in key), re.IGNORECASE)
-        if key:
-            self.session.headers["Authorization"] = f"Bearer {key}"
-
-    def redact(self, text):
-        """Text without the key, escaped or not; a local server's placeholder ("EMPTY") is no secret."""
-        return self.secret.sub("[key]", text) if len(self.key) >= 8 else text
-
-    def post(self, body):
-        """Returns (HTTP status or 0, answer, Retry-After in seconds). Raises: ApiError, if no retry helps."""
-        content, ends = b"", time.monotonic() + sum(self.timeouts)
-        try:
-            with self.session.post(self.url, json=body, timeout=self.timeouts, allow_redirects=False,
-                                   stream=True) as reply:
-                for part in reply.iter_content(256):  # small: a slow server fills each part before we see it
-                    content += part
-                    if len(content) > ANSWER_BYTES or time.monotonic() > ends:
-                        content = (f"an answer of more than {ANSWER_BYTES} bytes, or one that took more than "
-                                   f"{sum(self.timeouts)} s").encode()
-                        break
-            status, headers, text = reply.status_code, reply.headers, content.decode(errors="replace")
-        except requests.RequestException as broken:
-            status, headers, text = 0, {}, f"{type(broken).__name__}: {broken}"
-        try:  # through JSON and back, so that no escape hides a key
-            answer = json.loads(self.redact(json.dumps(json.loads(text), allow_nan=False)))
-            record = read_answer(answer)
-        except (ValueError, AttributeError, RecursionError):  # no JSON object
-            record = read_answer({"error": text or "nothing"})
-        if record["status"] in ACCEPTED.get(status, ()):
-            return status, answer, 0.0
-        words = self.redact(headers.get("Location") or record["error"] or text)
-        printable = "".join(c if c.isprintable() else " " for c in words)
-        error = f"{self.host}: HTTP {status or '(no answer)'}: {' '.join(printable.split())[:300]}"
-        spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
-        if spent or status < 500 and status not in (0, 200, 408, 409, 429):
-            raise ApiError(error)
-        return status, {"error": error}, retry_after_s(headers.get("Retry-After"))
-
-
-def check_server(model, api_base, price_in=None, price_out=None, max_cost_usd=None, needs_key=False):
-    """Returns (api_base, key, prices or None). Raises: ValueError for what no server can be asked with."""
-    parts, api_key = urllib.parse.urlsplit(api_base), os.environ.get("OPENAI_API_KEY", "").strip()
-    if parts.scheme not in ("http", "https") or not parts.hostname or set("@?#") & set(api_base):
-        raise ValueError("--api_base: give http(s)://HOST/PATH, without user, password, query or fragment")
-    api_base, is_openai = api_base.rstrip("/"), f".{parts.hostname}".endswith(".openai.com")
-    prices = (price_in, price_out) if price_in is not None else PRICES.get(model) if is_openai else None
-    if (price_in is None) != (price_out is None) or prices is None and max_cost_usd is not None:
-        raise ValueError(f"the price of {model} at {api_base} is not known: give --price_in and --price_out")
-    if not all("!" <= character <= "~" and character not in '"\\' for character in api_key):
-        raise ValueError("OPENAI_API_KEY holds a space, a line break or a character that no key has")
-    if needs_key and is_openai and not api_key:
-        raise ValueError(f"OPENAI_API_KEY is not set, or empty: {api_base} wants a key in it")
-    return api_base, api_key, prices
-
-
-def open_cache(path, todo, dry_run):
-    """Returns (JSONL file to append to, what it answers of todo {key: line}, lines that may have cost money).
-
-    The second is {prompt hash: record}.
-    """
-    path = os.devnull if dry_run and not os.path.exists(path) else path
-    file, records, charged, damaged = open(path, "rb" if dry_run else "ab", buffering=0), {}, [], 0
-    if not dry_run:
-        fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits here for the end of the first
-    with open(path, "rb") as lines:
-        raw = b"\n"
-        for raw in lines:
-            try:
-                line = json.loads(raw)
-                if line.pop("crc32") != zlib.crc32(json.dumps(line).encode()):
-                    raise ValueError("checksum")
-                if line["key"] in todo:
-                    charged.append((line.get("http_status", 200), record := read_answer(line["answer"]),
-                                    todo[line["key"]]["request"]))
-                    if line["status"] != "failed":
-                        records[todo[line["key"]]["prompt_hash"]] = record
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                damaged += 1  # or torn by a kill: it answers nothing
-    if not dry_run and not raw.endswith(b"\n"):
-        file.write(b"\n")
-    if damaged:
-        print(f"{path}: {damaged} damaged lines ignored, what they answered is asked again")
-    return file, records, charged
-
-
-def query_api(prompts, model, cache_path, api_base=OPENAI_BASE, max_tokens=64, concurrency=8,
-              timeout_s=60.0, max_retries=6, max_cost_usd=None, price_in=None, price_out=None, dry_run=False):
-    """Returns (records {prompt hash: record}, usage), after asking what `cache_path` does not answer yet.
-
-    Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Prices: USD per million tokens.
-    Raises: ValueError (the user's or server's no), OSError (the file); what was received is kept either way.
-    """
-    api_base, api_key, prices = check_server(model, api_base, price_in, price_out, max_cost_usd)
-    todo = {}  # {cache key: line}; the key has the server: a name may be another model there
-    for prompt_hash, prompt in prompts.items():
-        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                "max_tokens": max_tokens}  # [choice.E5]
-        key = hashlib.sha256(json.dumps([api_base, body], sort_keys=True).encode()).hexdigest()
-        todo[key] = {"prompt_hash": prompt_hash, "key": key, "api_base": api_base, "request": body}
-    file, records, charged = open_cache(cache_path, todo, dry_run)
-    todo = {line["prompt_hash"]: line for line in todo.values() if line["prompt_hash"] not in records}
-    usage = {"prompts": len(prompts), "cached": len(records), "requests": 0, "retries": 0}
-    with file:
-        if dry_run:
-            tokens = _estimate([line["request"] for line in todo.values()], BYTES_PER_TOKEN)
-            usage["estimated_cost_usd"] = usd = _usd(prices, [tokens]) if prices else None
-            cost = f"{usd:.2f} USD" if prices else "cost unknown without --price_in"
-            print(f"dry run: {len(prompts)} distinct requests to {model}, {len(records)} cached, {len(todo)} "
-                  f"to send; estimated: {tokens['prompt_tokens']} prompt tokens ({BYTES_PER_TOKEN} "
-                  f"bytes each), at most {tokens['completion_tokens']} completion tokens, {cost}")
-        elif todo:
-            check_server(model, api_base, price_in, price_out, max_cost_usd, needs_key=True)
-            client = ApiClient(api_base, api_key, timeout_s, concurrency)
-            try:
-                spent = sum(_cost(prices, *line) for line in charged)
-                _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, spent,
-                         usage)
-            except (ApiError, OSError, KeyboardInterrupt) as stop:
-                n_kept = sum(record["status"] != "failed" for record in records.values())
-                raise type(stop)(f"{str(stop) or 'interrupted'}; {n_kept} of {len(prompts)} answers are kept "
-                                 f"in {cache_path}, the same command goes on from there") from None
-    for status in ("answered", "refused", "empty", "failed"):
-        usage[status] = sum(record["status"] == status for record in records.values())
-    usage.update({name: sum(record[name] or 0 for record in records.values()) for name in TOKENS})
-    known = prices and all(record["prompt_tokens"] is not None for record in records.values())
-    usage["cost_usd"] = _usd(prices, records.values()) if known else None
-    usage["models"] = sorted({record["model"] for record in records.values() if record["model"]})
-    return records, usage
-
-
-def _usd(prices, counts):
-    return sum(price * (count[name] or 0) / 1e6
-               for count in counts for price, name in zip(prices or (0.0, 0.0), TOKENS, strict=True))
-
-
-def _cost(prices, status, record, request):
-    """US dollars of an attempt: the most that it can have been, where the server does not say."""
-    perhaps_charged = record["prompt_tokens"] is None and status in (0, 200)
-    return _usd(prices, [_estimate([request], bytes_per_token=1) if perhaps_charged else record])
-
-
-def _estimate(bodies, bytes_per_token):
-    """Tokens of requests; 1 byte per token gives an upper bound: a byte-level token is at least a byte."""
-    sizes = [len(body["messages"][0]["content"].encode("utf-8", "surrogatepass")) for body in bodies]
-    return {"prompt_tokens": sum(math.ceil(size / bytes_per_token) + CHAT_TOKENS for size in sizes),
-            "completion_tokens": sum(body["max_tokens"] for body in bodies)}
-
-
-def _ask_all(client, file, records, todo, concurrency, max_retries, prices, max_cost_usd, spent, usage):
-    """Asks for todo {prompt hash: line}, `concurrency` at a time; fills the file, records and usage.
-
-    Each attempt is a line of the file; what it may cost at most is reserved before. spent: US dollars so far.
-    """
-    reached, n_failed, in_a_row = False, 0, 0
-    waiting = [(prompt_hash, 1, 0.0) for prompt_hash in reversed(todo)]  # attempt, seconds to wait before
-    under_way, lock, stop = {}, threading.Lock(), threading.Event()
-
-    def ask(prompt_hash, attempt, wait_s):
-        if stop.wait(wait_s):
-            return 0, 0.0
-        status, answer, wait_s = client.post(todo[prompt_hash]["request"])
-        record, now = read_answer(answer), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = todo[prompt_hash] | {
-            "attempt": attempt, "time": now, "status": record["status"], "http_status": status,
-            "answer": answer}
-        encoded = json.dumps({**line, "crc32": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
-        with lock:
-            if file.write(encoded) < len(encoded):
-                raise OSError("no space left for a whole line")
-            records[prompt_hash] = record
-        return status, wait_s
-
-    with futures.ThreadPoolExecutor(concurrency) as pool, tqdm(
-            total=usage["prompts"], initial=usage["cached"], desc=client.host, unit="prompt") as bar:
-        try:
-            while waiting or under_way:
-                while waiting and len(under_way) < concurrency:
-                    worst = _usd(prices, [_estimate([todo[waiting[-1][0]]["request"]], bytes_per_token=1)])
-                    most = spent + worst + sum(usd for _, _, usd in under_way.values())
-                    if max_cost_usd is not None and most > max_cost_usd:
-                        break  # what is under way may cost less
-                    task = waiting.pop()
-                    under_way[pool.submit(ask, *task)] = (*task[:2], worst)
-                if not under_way:
-                    raise ApiError(f"--max_cost {max_cost_usd}: {spent:.4f} USD spent; up to {worst:.4f}")
-                for future in futures.wait(under_way, return_when=futures.FIRST_COMPLETED).done:
-                    prompt_hash, attempt, _ = under_way.pop(future)
-                    status, wait_s = future.result()
-                    record, reached = records[prompt_hash], reached or status > 0
-                    spent += _cost(prices, status, record, todo[prompt_hash]["request"])
-                    failed, usage["requests"] = record["status"] == "failed", usage["requests"] + 1
-                    usage["retries"] += attempt > 1
-                    if failed and attempt <= (max_retries if reached else min(2, max_retries)):
-                        jitter_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (attempt - 1)))
-                        waiting.append((prompt_hash, attempt + 1, max(wait_s, jitter_s)))
-                        continue
-                    n_failed, in_a_row = n_failed + failed, in_a_row + 1 if failed else 0
-                    bar.set_postfix(cached=usage["cached"], failed=n_failed, USD=spent if prices else "?")
-                    bar.update()
-                    if not reached or in_a_row == STOP_AFTER_FAILURES:
-                        problem = f"{in_a_row} requests in a row failed" if reached else "cannot reach"
-                        raise ApiError(f"{problem}: {record['error']}")
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # answers under way are awaited; a second one ends
-            raise
-        finally:
-            stop.set()
-    os.fsync(file.fileno())
-
-
 # ---- Evaluation: predictions and metrics on disk ----
 
 
@@ -967,7 +684,7 @@ def evaluate_baselines(splits, scores, encoded, unseen_users=(), folds=5):
 def format_metrics(result):
     """The main figures of a metrics file in one line."""
     names = ("f1_macro", "f1_macro_tuned", "f1_micro", "mean_average_precision", "log_loss",
-             "share_not_understood", "share_empty_answers")
+             "share_not_understood", "share_empty_answers", "share_truncated", "share_refused")
     figures = ", ".join(f"{name} {result[name]:.4f}" for name in names if result.get(name) is not None)
     return (f"{figures}; {result['n_annotations']:,} annotations of {result['n_texts']:,} texts by "
             f"{result['n_users']} users, {result['seconds']:.0f} s")
@@ -1242,11 +959,17 @@ def query_model(args, device):
                     Processes(device=device))
 
 
+def fit(before, text, after, max_length):
+    """A prompt of about max_length tokens of 4 bytes at most: text may lose its end. Raises: ValueError."""
+    room = (max_length - prompts.CHAT_TOKENS) * prompts.BYTES_PER_TOKEN - len((before + after).encode())
+    if room < 0:
+        raise ValueError(f"--max_length {max_length}: the prompt without its text is longer; raise it")
+    return before, text.encode()[:room].decode(errors="ignore"), after
+
+
 def query_server(args):
     """Asks a model over HTTP; returns the metrics of what it answers, None after a dry run."""
-    api_base = args.api_base or OPENAI_BASE
-    cache, prices = args.out / "answers.jsonl", (args.price_in, args.price_out, args.max_cost)
-    check_server(args.model, api_base, *prices, needs_key=not args.dry_run and not cache.exists())
+    client = prompts.Client(args, args.out / "answers.jsonl")  # a mistake is told before --out is taken
     lock, old = (None, None) if args.dry_run else claim_out(args)
     if is_finished(args, old, args.split):
         return None
@@ -1261,29 +984,38 @@ def query_server(args):
                                                        args.split_seed)
     if too_few:
         print(f"{args.split}: {too_few} annotations are of users with fewer than {method.shots} examples")
-    texts = ["".join(build_prompt(task, method, *one)) for one in inputs]
-    prompts = {data.prompt_hash(text): text for text in texts}
-    # a token is at least a byte
-    most = max(len(build_response(names).encode()) for names in (task.label_names, ()))
-    records, usage = query_api(prompts, args.model, cache, api_base, min(most, args.max_tokens),
-                               args.concurrency, args.timeout_s, args.max_retries, args.max_cost,
-                               args.price_in, args.price_out, args.dry_run)
+    parts = [build_prompt(task, method, *one) for one in inputs]
+    texts = ["".join(fit(*one, args.max_length) if args.max_length else one) for one in parts]
+    n_shortened = sum(len(text) < sum(map(len, one)) for text, one in zip(texts, parts, strict=True))
+    if n_shortened:
+        print(f"{args.split}: {n_shortened} prompts are shortened to about {args.max_length} tokens")
+    hashes = [data.prompt_hash(text) for text in texts]
+    asked = dict(zip(hashes, texts, strict=True))
+    enough = len(build_response(task.label_names).encode()) + 64  # a token is at least a byte; some words
+    try:
+        records, usage = client.ask(asked, args.max_tokens or enough)
+    finally:
+        if not args.dry_run:
+            amend_record(args.out, dialect=client.dialect)
     if args.dry_run:
         return None
     if usage["failed"]:
-        raise ValueError(f"{usage['failed']} of {len(prompts)} requests failed: the same command asks again")
-    hashes = [data.prompt_hash(text) for text in texts]
+        raise ValueError(f"{usage['failed']} of {len(records)} requests failed: the same command asks again")
+    answers = [records[one] for one in hashes]
     encoded = data.Encoded(None, None, prompt_index, None, hashes)
-    responses = [records[one]["response"] for one in hashes]
-    rows = rows_of_responses(annotations, encoded, responses, follows(args)["E2"] == "released")
+    rows = rows_of_responses(annotations, encoded, [one["response"] for one in answers],
+                             follows(args)["E2"] == "released")
+    rows = [row | {"truncated": one["truncated"], "refused": one["status"] == "refused" and one["error"]}
+            for row, one in zip(rows, (answers[m] for m in prompt_index), strict=True)]
     return write_results(args.out, args.split, rows, task.label_names, None, report["unseen_users"],
-                         usage=usage, n_too_few_examples=too_few, seconds=time.perf_counter() - started)
+                         usage=usage, n_shortened=n_shortened, n_too_few_examples=too_few,
+                         seconds=time.perf_counter() - started)
 
 
 OF_RUN = TEXTS_IN | {"lora_r", "lora_alpha", "lora_dropout", "target_modules"}
-OF_LOCAL = {"chat_template", "constrain", "dtype", "max_length", "micro_batch_tokens", "quantize", "revision"}
-OF_SERVER = {"dry_run", "max_cost", "price_in", "price_out", "max_tokens", "concurrency", "timeout_s",
-             "max_retries"}  # flags that have no meaning for the others
+OF_LOCAL = {"chat_template", "constrain", "dtype", "micro_batch_tokens", "quantize", "revision"}
+OF_SERVER = {"dry_run", "max_cost", "price_in", "price_out", "max_tokens", "reasoning_effort", "extra",
+             "cache_from", "concurrency", "timeout_s", "max_retries"}  # without a meaning for the others
 
 
 def not_negative(text):
@@ -1291,6 +1023,17 @@ def not_negative(text):
     if not 0 <= float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
     return float(text)
+
+
+def extra_parameter(text):
+    """argparse type of one KEY=VALUE of --extra: (key, value), the value as JSON if it is some."""
+    key, equals, value = text.partition("=")
+    if not key or not equals or key in prompts.OURS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, or KEY is one of {prompts.OURS}")
+    try:
+        return key, json.loads(json.dumps(json.loads(value), allow_nan=False))
+    except (ValueError, RecursionError):
+        return key, value
 
 
 def parse_args(argv=None):
@@ -1310,12 +1053,18 @@ def parse_args(argv=None):
     add("--threshold", type=data.share, help="of a decision (default: tuned on val; the paper's: 0.5)")
     add("--chat_template", action="store_true",
         help="wrap a query in the model's own chat template (default: the plain prompt)")  # [choice.P7]
-    add("--api_base", help=f"ask an OpenAI-compatible server (default for GPT names: {OPENAI_BASE})")
+    add("--api_base", help=f"ask an OpenAI-compatible server (default for GPT names: {prompts.OPENAI_BASE})")
     add("--dry_run", action="store_true", help="print what the API would cost and send nothing")
     add("--max_cost", type=not_negative, metavar="USD", help="stop the API before this is exceeded")
     add("--price_in", type=not_negative, help="US dollars per million prompt tokens (default: a dated table)")
     add("--price_out", type=not_negative, help="the same of completion tokens")
-    add("--max_tokens", type=positive, default=64, help="of an answer of the API (default: %(default)s)")
+    add("--max_tokens", type=positive,
+        help="of an answer and its thoughts, sent as given (default: enough for all labels and some words)")
+    add("--reasoning_effort", choices=prompts.EFFORTS, help="how long a model thinks (default: the server's)")
+    add("--extra", type=extra_parameter, nargs="+", metavar="KEY=VALUE",
+        help="what else to tell the server, such as seed=1")
+    add("--cache_from", nargs="+", metavar="DIR",
+        help="--out of other queries: their answers to the same request count, whatever their server")
     add("--concurrency", type=positive, default=8, help="requests at a time (default: %(default)s)")
     add("--timeout_s", type=positive, default=60, help="of a request, in seconds (default: %(default)s)")
     add("--max_retries", type=positive, default=6, help="of a request (default: %(default)s)")
@@ -1328,8 +1077,8 @@ def parse_args(argv=None):
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
         args.model = args.model or "mistral"
     elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER | {"api_base", "chat_template"}
-    if args.run is None and is_api_model(args.model, args.api_base):
-        elsewhere = OF_RUN | OF_LOCAL
+    if args.run is None and prompts.is_api_model(args.model, args.api_base):
+        elsewhere, args.max_length = OF_RUN | OF_LOCAL, given.get("max_length")
     if idle := sorted(elsewhere & given.keys()):
         parser.error(f"--{', --'.join(idle)}: without a meaning here; leave out")
     return args, given
@@ -1343,7 +1092,7 @@ def main(argv=None):
             result = use_run(args, given, device)
         else:
             complete(args)
-            asked_over_http = is_api_model(args.model, args.api_base)
+            asked_over_http = prompts.is_api_model(args.model, args.api_base)
             result = query_server(args) if asked_over_http else query_model(args, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -29,6 +29,7 @@ PAPER = {  # model -> method -> F1-macro in percent on each of DATASETS: Tables 
     "gpt-3.5-turbo": {"q0s": (23.33, 21.51), "q1s": (22.58, 23.11), "q2s": (22.33, 25.49)},
     "gpt-4": {"q0s": (26.74, 24.94), "q1s": (26.82, 27.29), "q2s": (26.64, 30.57)},
 }
+SHUT_DOWN = ("gpt-3.5-turbo", "gpt-4")  # by OpenAI, on 2026-10-23
 TABLES = {  # table -> (the paper's rows, its columns)
     "I": (("phi-2", "stablelm", "mistral"), ("lm", "lmp", "cls", "clsp")),
     "II": (("flan-t5", "mistral", "gpt-3.5-turbo", "gpt-4"), ("q0s", "q1s", "q2s", "lmp")),
@@ -297,8 +298,11 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
         lost = sum(len(row.get("not_understood", ())) for row in rows)
         none = sum(row.get("none", False) for row in rows)  # an answer, too
         result["share_not_understood"] = lost / max(1, lost + none + int(data.predicted.sum()))
-        empty = sum(not (row["predicted"] or row.get("not_understood") or row.get("none")) for row in rows)
+        empty = sum(not (row["predicted"] or row.get("not_understood") or row.get("none")
+                         or row.get("refused")) for row in rows)
         result["share_empty_answers"] = empty / len(rows)  # signs or a repeated prompt alone are empty, too
+        for key in {"truncated", "refused"} & rows[0].keys():  # by a server; refused: all labels are missed
+            result[f"share_{key}"] = sum(bool(row[key]) for row in rows) / len(rows)
     unseen = {str(user) for user in unseen_users or ()}
     for part in ("seen", "unseen") if unseen else ():
         if own := [row for row in rows if (str(row["user_id"]) in unseen) == (part == "unseen")]:
@@ -309,7 +313,8 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
 # ---- Finished runs ----
 
 NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run",
-              "max_cost", "follow"}
+              "max_cost", "price_in", "price_out", "concurrency", "timeout_s", "max_retries", "cache_from",
+              "follow"}
 
 
 def run_record(directory):
@@ -347,6 +352,7 @@ def load_run(directory):
     rows, extra = read_predictions(directory / "predictions_test.jsonl"), directory / "baselines_test.json"
     data = to_arrays(rows, metrics["labels"])
     run = {"limit": None, "max_steps": None, "follow": {}} | config["arguments"] | {
+        "seed": dict(config["arguments"].get("extra") or ()).get("seed", config["arguments"]["seed"]),
         "arguments": config["arguments"], "note": config.get("note"), "log": directory / "log.jsonl",
         "annotations": hash(str([(row["text_id"], row["user_id"], row["gold"]) for row in rows]))}
     systems = {run["method"]: metrics} | (json.loads(extra.read_bytes()) if extra.exists() else {})
@@ -373,10 +379,14 @@ def collect(runs_dir):
             raise ValueError(f"{path.parent} is no finished run: {error!r}") from error
         for run in runs:
             model, dataset = run.model, run.dataset
-            if run.note or run.limit or run.max_steps or model not in PAPER or dataset not in DATASETS:
+            served = run.arguments.get("api_base") or model.startswith("gpt-")  # a row of its own
+            model += " (served)" if served and model in PAPER and model not in SHUT_DOWN else ""
+            if (run.note or run.limit or run.max_steps or not served and model not in PAPER
+                    or dataset not in DATASETS):
                 model = Path(model).name
                 dataset = f"{Path(dataset).stem} ({run.note or 'not the setting of the paper'})"
             given = run.arguments | {f"follow {row}": own for row, own in dict(run.follow).items()}
+            given["extra"] = [one for one in given.get("extra") or () if one[0] != "seed"] or None
             recipe = {key: str(given[key]) for key in sorted(given.keys() - NOT_RECIPE)
                       if given[key] is not None}
             usual = recipes.setdefault((dataset, model, run.method), recipe) | {"constrain": "False"}
@@ -394,7 +404,8 @@ BASELINES = ("user_bias", "user_frequencies", "always_all")
 AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precision", "log_loss",
          "f1_user_mean")  # its rows
-RESPONSES = ("share_not_understood", "share_empty_answers", "seconds")  # rows of the table of generated text
+RESPONSES = ("share_not_understood", "share_empty_answers", "share_truncated", "share_refused",
+             "seconds")  # rows of the table of generated text
 UNITS = {"disagreement_auc": "points", "log_loss": "nats", "seconds": "s"}  # of the others: percent
 CLAIMS = {"the User ID raises F1, thresholds tuned": "tuned [%]",
           "it is worth more than a habit of each user": "auc over bias [points]",
@@ -514,7 +525,8 @@ def markdown(report):
             yield from (f"\n## {title}\n", f"| | {' | '.join(row)} |", "| --- " * (1 + len(row)) + "|")
         for name, row in rows.items():
             cells = [format_cell(cell, "+" if "[" in column else "") for column, cell in row.items()]
-            yield f"| {name} | {' | '.join(cells)} |"
+            ended = ", shut down 2026-10-23" if name in SHUT_DOWN else ""
+            yield f"| {name}{ended} | {' | '.join(cells)} |"
 
 
 def tables(runs_dir):

@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import types
+import unittest.mock
 import zlib
 from pathlib import Path
 
@@ -28,13 +29,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 import torch  # noqa: E402
 from measure import append  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from test_api import KEY, any_json, reply  # noqa: E402
+from test_api import KEY, any_json, client_of, reply  # noqa: E402
 from test_metrics import write_run  # noqa: E402
 
 import data  # noqa: E402
 import infer  # noqa: E402
 import lora  # noqa: E402
 import metrics  # noqa: E402
+import prompts  # noqa: E402
 import train  # noqa: E402
 from prompts import TASKS, build_response, parse_response  # noqa: E402
 
@@ -239,40 +241,45 @@ def some_reply(rng):
     return reply(rng.choice(("joy", "joy, love", "", None)), **more), refused
 
 
+def keyed_client(cache):
+    with unittest.mock.patch.dict("os.environ", OPENAI_API_KEY=KEY):
+        return client_of("tiny", cache, "http://127.0.0.1:9/v1")
+
+
 def post(rng, work):
     answer, refused = some_reply(rng)
     whole, status = json.dumps(answer).encode(), rng.choice((200, 200, 200, 400, 401, 429, 500, 0))
     raw = whole if rng.random() < 0.2 else spoiled(rng, whole.decode())
-    client = infer.ApiClient("http://127.0.0.1:9/v1", KEY, 1, 1)
+    client = keyed_client("answers.jsonl")
     headers = {"Retry-After": words(rng), "Location": rng.choice((None, KEY))}
     answered = types.SimpleNamespace(status_code=status, iter_content=lambda _: [raw], headers=headers)
     client.session.post = lambda *_, **__: contextlib.nullcontext(answered)
     try:
         code, answer, wait_s = client.post({})
-    except infer.ApiError as error:
+    except prompts.ServerError as error:
         assert str(error).isprintable() and KEY not in str(error) and 0 < status < 500
         return False
-    record, text = infer.read_answer(answer), json.dumps(answer, allow_nan=False)
-    assert code == status and 0 <= wait_s <= infer.RETRY_AFTER_CAP_S and KEY not in text
+    record, text = prompts.read_answer(answer, code), json.dumps(answer, allow_nan=False)
+    assert code == status and 0 <= wait_s <= prompts.RETRY_AFTER_CAP_S and KEY not in text
     assert (record["status"] == "answered") == bool((record["response"] or "").strip())
     assert record["status"] != "answered" or status == 200 and not (refused and raw == whole)
     return record["status"] != "failed"
 
 
-def open_cache(rng, work):
+def read_cache(rng, work):
     todo, expected, raw, path = {}, {}, b"", work / "answers.jsonl"
     for n in range(3):
-        record = infer.read_answer(answer := some_reply(rng)[0])
-        line = {"key": f"k{n}", "request": words(rng), "answer": answer, "status": record["status"]}
+        record = prompts.read_answer(answer := some_reply(rng)[0])
+        line = {"key": f"k{n}", "request": words(rng), "answer": answer, "status": record["status"],
+                "http_status": 200, "dialect": {}, "api_base": "http://127.0.0.1:9/v1"}
         raw += json.dumps(line | {"crc32": zlib.crc32(json.dumps(line).encode())}).encode() + b"\n"
-        todo[f"k{n}"], expected[f"h{n}"] = {"prompt_hash": f"h{n}", "request": {}}, record
-    path.write_bytes(damaged := mutate(rng, raw))
-    file, records, charged = infer.open_cache(path, todo, rng.random() < 0.5)
-    file.close()
-    assert len(charged) <= 3
-    assert records.items() <= expected.items(), "an answer that nobody gave"
-    assert path.read_bytes() in (damaged, damaged + b"\n")
-    return bool(records)
+        request = {"messages": [{"content": "x"}], "max_tokens": 9}
+        todo[f"k{n}"], expected[f"h{n}"] = {"prompt_hash": f"h{n}", "request": request}, record
+    path.write_bytes(mutate(rng, raw))
+    client = keyed_client(path)
+    assert client.read_cache(path, todo) == (path.read_bytes()[-1:] in (b"", b"\n"))
+    assert client.records.items() <= expected.items(), "an answer that nobody gave"
+    return bool(client.records)
 
 
 def tables(rng, work):
@@ -314,7 +321,7 @@ def load_run(rng, work):
 
 TARGETS = {  # with their shares of the inputs
     read_annotations: 0.26, read_split_texts: 0.1, parse_responses: 0.38, load_adapter: 0.05,
-    load_checkpoint: 0.02, post: 0.09, open_cache: 0.06, tables: 0.02, load_run: 0.02}
+    load_checkpoint: 0.02, post: 0.09, read_cache: 0.06, tables: 0.02, load_run: 0.02}
 
 
 def run(target, inputs, seed=0):

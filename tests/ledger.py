@@ -25,11 +25,11 @@ import metrics  # noqa: E402
 
 RESULTS = ROOT / "results"
 SUBJECTS = {
-    "prompts.py": "the words: labels, the paper's templates, one prompt, one response, its parsing",
+    "prompts.py": "the words, and who answers: labels, templates, one prompt, one response, servers",
     "metrics.py": "the numbers: F1 and its companions, thresholds, intervals, gains, tables, figures",
     "data.py": "the annotations: download, read, clean, split, examples, encode, batch",
     "lora.py": "all that is added to a base model: NF4 loading, LoRA, heads, adapters on disk",
-    "infer.py": "a prediction: adapters, local queries, the GPT API, one text seen by several users",
+    "infer.py": "a prediction: adapters, queries of a model or a server, one text seen by several users",
     "train.py": "learning: data parallelism, mixed precision, the loop, checkpoints, evaluation",
 }
 

@@ -38,8 +38,8 @@ DATA = {  # corpus -> (annotations in train and test, distinct texts in test, me
 }
 EPOCHS = 10
 USD_PER_REQUEST = {
-    "gpt-3.5-turbo": (200 * 0.5 + 10 * 1.5) / 1e6,
-    "gpt-4": (200 * 30 + 10 * 60) / 1e6,
+    "gpt-6-luna": (200 * 0.1 + 10 * 0.5) / 1e6,
+    "gpt-5.6-terra": (200 * 2 + 10 * 12) / 1e6,
 }  # 2026-11
 
 
@@ -147,7 +147,7 @@ def missing(profile, data, model):
     if profile == "paper" and not torch.cuda.is_available():
         yield f"a CUDA GPU; without one the four models are refused. {lora.idle_gpu()}".strip()
     if profile == "paper" and not os.environ.get("OPENAI_API_KEY"):
-        yield 'OPENAI_API_KEY; the GPT rows stay "not run"'
+        yield 'OPENAI_API_KEY; no GPT is asked'
     if profile == "small" and not Path(model).is_dir():
         yield f"{model} as a directory; it comes from the model hub"
     for dataset in DATA:
@@ -169,7 +169,7 @@ def main(argv=None):
         if args.profile != "paper":
             print(
                 "The full reproduction: make reproduce PROFILE=paper, with CUDA GPUs of 24 GB or more, the "
-                "model hub, the corpora (downloaded), and OPENAI_API_KEY for the GPT rows."
+                "model hub, the corpora (downloaded), and OPENAI_API_KEY for two GPTs of today."
             )
         return
     runs = args.cells[0].parents[4]

@@ -1,4 +1,4 @@
-"""The GPT API client of infer.py against a server on 127.0.0.1 that plays every fault."""
+"""The API client of prompts.py against a server on 127.0.0.1 that plays every fault."""
 
 import contextlib
 import email.utils
@@ -18,7 +18,7 @@ import types
 
 import pytest
 
-import infer
+import prompts as script
 
 KEY = "sk-MARKED-0123456789abcdefghij"
 
@@ -76,7 +76,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.bodies.append((self.path, raw))
             self.server.headers.append(dict(self.headers))
             n = self.server.seen.count(prompt)
-        played = self.server.play(prompt, n)
+        play = self.server.play
+        played = play(prompt, n, json.loads(raw)) if hasattr(play, "reads_body") else play(prompt, n)
         if played == "cut":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -99,7 +100,7 @@ def quick(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1,localhost")
-    monkeypatch.setattr(infer, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(script, "BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -130,8 +131,20 @@ def lines(path):
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_bytes().splitlines()]
 
 
+FLAGS = {"max_cost": None, "price_in": None, "price_out": None, "dry_run": False, "concurrency": 8,
+         "timeout_s": 60.0, "max_retries": 6, "reasoning_effort": None, "extra": [], "cache_from": []}
+
+
+def client_of(model, cache, api_base=None, **options):
+    return script.Client(types.SimpleNamespace(model=model, api_base=api_base, **FLAGS | options), cache)
+
+
+def query(asked, model, cache, api_base=None, max_tokens=64, **options):
+    return client_of(model, cache, api_base, **options).ask(asked, max_tokens)
+
+
 def ask(server, cache, n=1, **options):
-    return infer.query_api(prompts(n), "tiny", cache, api_base=server.base, **options)
+    return query(prompts(n), "tiny", cache, api_base=server.base, **options)
 
 
 # ---- What is sent, what is written ----
@@ -142,7 +155,7 @@ def test_the_payload_is_exactly_model_message_temperature_and_max_tokens(serve, 
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     server = serve(lambda prompt, n: reply())
     text = 'A {brace}, "quotes", ### Response:\n\tÜñí 😀 \x00'
-    infer.query_api({"h": text}, "gpt-4", cache, api_base=server.base + "/", max_tokens=12)
+    query({"h": text}, "gpt-4", cache, api_base=server.base + "/", max_tokens=12)
     (path, raw), headers = server.bodies[0], server.headers[0]
     assert path == "/v1/chat/completions"
     assert json.loads(raw) == {"model": "gpt-4", "messages": [{"role": "user", "content": text}],
@@ -172,26 +185,31 @@ def test_a_line_of_the_file_holds_request_answer_status_time_and_dated_model(ser
     assert line["time"].endswith("Z") and line["api_base"] == server.base and len(line["key"]) == 64
     assert records == {
         "hash0": {"status": "answered", "response": "joy, love", "model": "tiny-2026-01-01", "error": None,
-        "truncated": False, "prompt_tokens": 100, "completion_tokens": 10}}
+        "thoughts": None, "truncated": False, "prompt_tokens": 100, "completion_tokens": 10,
+        "reasoning_tokens": None}}
     assert usage["models"] == ["tiny-2026-01-01"] and usage["cost_usd"] is None
 
 
 @pytest.mark.parametrize("answer, status, response, truncated", [(reply("joy"), "answered", "joy", False),
     (reply("joy, lo", finish_reason="length"), "answered", "joy, lo", True),
     (reply(""), "empty", None, False), (reply(" \n"), "empty", None, False),
-    (reply(None), "empty", None, False), (reply(["joy"]), "empty", None, False),
+    (reply(None), "empty", None, False), (reply([{"type": "image"}]), "empty", None, False),
     ({"choices": []}, "empty", None, False), ({"id": "x"}, "empty", None, False),
     (reply("joy", finish_reason="content_filter"), "refused", None, False),
     (reply(None, refusal="I cannot help with that."), "refused", None, False),
-    ((400, {}, {"error": {"code": "content_filter", "message": "filtered"}}), "refused", None, False)])
+    ((400, {}, {"error": {"code": "content_filter", "message": "filtered"}}), "refused", None, False),
+    ((403, {}, {"error": {"message": "Your input was flagged", "code": 403}}), "refused", None, False),
+    ((413, {}, b"too much"), "refused", None, False),
+    ((422, {}, {"detail": "no"}), "refused", None, False)])
 def test_refusals_and_empty_answers_are_recorded_and_never_a_response(
         serve, cache, answer, status, response, truncated):
-    server = serve(lambda prompt, n: answer)
-    for seen in (1, 1):  # the second run takes it from the file
-        records, usage = ask(server, cache)
-        assert (records["hash0"]["status"], records["hash0"]["response"]) == (status, response)
-        assert records["hash0"]["truncated"] is truncated and usage[status] == 1 and len(server.seen) == seen
-    assert [line["status"] for line in lines(cache)] == [status]
+    server = serve(lambda prompt, n: answer if prompt == "prompt 1" else reply())
+    for _ in range(2):  # the second run takes it from the file
+        records, usage = ask(server, cache, 2)
+        assert (records["hash1"]["status"], records["hash1"]["response"]) == (status, response)
+        assert records["hash1"]["truncated"] is truncated and len(server.seen) == 2
+        assert usage[status] == 1 + (status == "answered") and usage["truncated"] == truncated
+    assert [line["status"] for line in lines(cache)] == ["answered", status]
 
 
 def test_a_second_run_sends_nothing_and_returns_the_same(serve, cache):
@@ -209,8 +227,8 @@ def test_a_second_run_sends_nothing_and_returns_the_same(serve, cache):
 @pytest.mark.parametrize("change", [{"model": "other"}, {"max_tokens": 65}])
 def test_another_model_or_parameter_is_another_request(serve, cache, change):
     server = serve(lambda prompt, n: reply())
-    infer.query_api({"h": "p"}, "tiny", cache, api_base=server.base)
-    infer.query_api({"h": "p"}, **{"model": "tiny", "cache_path": cache, "api_base": server.base, **change})
+    query({"h": "p"}, "tiny", cache, api_base=server.base)
+    query({"h": "p"}, **{"model": "tiny", "cache": cache, "api_base": server.base, **change})
     assert len(server.seen) == 2
 
 
@@ -263,9 +281,10 @@ def test_exhausted_retries_are_failed_with_the_reason_and_asked_again_by_the_nex
     ({"Retry-After": "86400"}, [120] * 8)])
 def test_delays_double_up_to_the_cap_and_retry_after_is_a_lower_bound(
         serve, cache, monkeypatch, headers, expected):
-    monkeypatch.setattr(infer, "BACKOFF_S", 1.0)
-    monkeypatch.setattr(infer.random, "uniform", lambda low, high: high)
-    monkeypatch.setattr(infer, "threading", types.SimpleNamespace(Lock=threading.Lock, Event=Event))
+    monkeypatch.setattr(script, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(script.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(script, "threading", types.SimpleNamespace(
+        Condition=threading.Condition, Event=Event))
     Event.waited = []
     ask(serve(lambda prompt, n: (429, headers, b"")), cache, max_retries=8)
     assert Event.waited == [0, *expected]
@@ -280,18 +299,18 @@ class Event(threading.Event):
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
-    assert infer.retry_after_s("7") == 7 and infer.retry_after_s("0.5") == 0.5
-    assert 25 < infer.retry_after_s(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert infer.retry_after_s(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
-    assert infer.retry_after_s("1" + "0" * 400) == infer.retry_after_s("86400") == 120
+    assert script.retry_after_s("7") == 7 and script.retry_after_s("0.5") == 0.5
+    assert 25 < script.retry_after_s(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert script.retry_after_s(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
+    assert script.retry_after_s("1" + "0" * 400) == script.retry_after_s("86400") == 120
     for nonsense in (None, "", "soon", "-5", "nan", "inf", "1,5", "Wed, 99 Foo 99999999999 00:00:00 GMT"):
-        assert infer.retry_after_s(nonsense) == 0
+        assert script.retry_after_s(nonsense) == 0
 
 
 # ---- What stops a run ----
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 307])
+@pytest.mark.parametrize("status", [401, 402, 404, 405, 307])
 def test_a_request_the_server_will_never_take_stops_at_once_with_its_words(serve, cache, status):
     error = {"error": {"message": "The model `tiny`\ndoes not exist", "code": "model_not_found"}}
     server = serve(lambda prompt, n: (status, {}, error) if prompt == "prompt 2" else reply())
@@ -326,13 +345,13 @@ def test_an_unreachable_host_is_named_after_three_attempts_of_the_first_requests
     started = time.monotonic()
     with pytest.raises(
             ValueError, match=rf"^cannot reach: {host}:{port}: .*ConnectionError: .*0 of 5000 answers"):
-        infer.query_api(prompts(5000), "tiny", cache, api_base=f"http://{host}:{port}/v1")
+        query(prompts(5000), "tiny", cache, api_base=f"http://{host}:{port}/v1")
     assert time.monotonic() - started < 60
     assert {(line["status"], line["attempt"] <= 3) for line in lines(cache)} == {("failed", True)}
 
 
 def test_a_server_that_dies_halfway_stops_the_run_and_its_return_continues_it(serve, cache, monkeypatch):
-    monkeypatch.setattr(infer, "STOP_AFTER_FAILURES", 4)
+    monkeypatch.setattr(script, "STOP_AFTER_FAILURES", 4)
     dying = []
 
     def play(prompt, n):
@@ -354,14 +373,14 @@ def test_a_server_that_dies_halfway_stops_the_run_and_its_return_continues_it(se
 
 
 @pytest.mark.parametrize("options, words", [({"price_in": 1}, "give --price_in and --price_out"),
-    ({"max_cost_usd": 1}, "give --price_in and --price_out"),
+    ({"max_cost": 1}, "give --price_in and --price_out"),
     ({"api_base": "localhost:8000"}, "--api_base"), ({"api_base": "ftp://h/v1"}, "--api_base"),
     ({"api_base": "http://"}, "--api_base"), ({"api_base": "http://me:secret@h/v1"}, "--api_base"),
     ({"api_base": "http://h/v1?key=secret"}, "--api_base"),
     ({"api_base": "https://api.openai.com/v1"}, "OPENAI_API_KEY is not set")])
 def test_a_users_mistake_is_one_line_that_says_what_to_give(cache, options, words):
     with pytest.raises(ValueError) as mistake:
-        infer.query_api({"h": "p"}, "tiny", cache, **{"api_base": "http://127.0.0.1:9/v1", **options})
+        query({"h": "p"}, "tiny", cache, **{"api_base": "http://127.0.0.1:9/v1", **options})
     assert (
         words in str(mistake.value) and "secret" not in str(mistake.value) and "\n" not in str(mistake.value))
 
@@ -370,14 +389,15 @@ def test_a_users_mistake_is_one_line_that_says_what_to_give(cache, options, word
 def test_openai_wants_a_key_unless_every_answer_is_in_the_file(cache, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(ValueError, match="OPENAI_API_KEY is not set, or empty"):
-        infer.query_api({"h": "p"}, "gpt-4", cache)
-    assert infer.query_api({}, "gpt-4", cache)[1]["requests"] == 0
+        query({"h": "p"}, "gpt-4", cache)
+    cache.touch()
+    assert query({}, "gpt-4", cache)[1]["requests"] == 0
 
 
 def test_names_of_gpt_models_and_any_model_of_a_server_are_asked_over_http():
-    assert infer.is_api_model("gpt-3.5-turbo", None) and infer.is_api_model("mistral", "http://localhost/v1")
-    assert not infer.is_api_model("mistral", None) and not infer.is_api_model("gpt2", None)
-    assert not infer.is_api_model("EleutherAI/gpt-neo-125m", None)
+    assert script.is_api_model("gpt-3.5-turbo", None) and script.is_api_model("mistral", "http://localhost/v1")
+    assert not script.is_api_model("mistral", None) and not script.is_api_model("gpt2", None)
+    assert not script.is_api_model("EleutherAI/gpt-neo-125m", None)
 
 
 # ---- Money ----
@@ -386,27 +406,29 @@ def test_names_of_gpt_models_and_any_model_of_a_server_are_asked_over_http():
 def test_a_dry_run_sends_nothing_writes_nothing_and_prints_what_it_would_cost(serve, cache, capsys):
     server = serve(lambda prompt, n: reply())
     asked = {f"h{i}": "x" * 392 for i in range(1)} | {"i": "é" * 100, "j": "abc"}
-    records, usage = infer.query_api(asked, "tiny", cache, api_base=server.base, max_tokens=10, dry_run=True,
+    records, usage = query(asked, "tiny", cache, api_base=server.base, max_tokens=10, dry_run=True,
         price_in=10_000, price_out=100_000)
     assert records == {} and usage["requests"] == 0 and server.seen == [] and not cache.exists()
     # 392 / 4 + 8 = 106, 200 bytes / 4 + 8 = 58, ceil(3 / 4) + 8 = 9: 173 tokens, 1.73 USD; 3 x 10 for 3 USD
     assert capsys.readouterr().out == (
         "dry run: 3 distinct requests to tiny, 0 cached, 3 to send; estimated: 173 prompt "
-        "tokens (4 bytes each), at most 30 completion tokens, 4.73 USD\n")
-    assert usage["estimated_cost_usd"] == pytest.approx(4.73)
-    infer.query_api({"j": "abc"}, "tiny", cache, api_base=server.base, max_tokens=10)
-    infer.query_api(asked, "tiny", cache, api_base=server.base, max_tokens=10, dry_run=True)
+        "tokens (4 bytes each), at most 30 completion tokens, 4.73 USD\n"
+        "thoughts come on top and cost as much as an answer's tokens: --reasoning_effort none\n")
+    query({"j": "abc"}, "tiny", cache, api_base=server.base, max_tokens=10)
+    query(asked, "tiny", cache, api_base=server.base, max_tokens=10, dry_run=True, reasoning_effort=None)
     assert (
         "3 distinct requests to tiny, 1 cached, 2 to send; estimated: 164 prompt tokens (4 bytes each), at "
         "most 20 completion tokens, cost unknown without --price_in") in capsys.readouterr().out
 
 
 def test_the_price_table_is_openais_and_for_exact_names_only(cache, capsys):
-    usage = infer.query_api({"h": "x" * 3968}, "gpt-4", cache, max_tokens=100, dry_run=True)[1]
-    assert usage["estimated_cost_usd"] == pytest.approx(1000 * 30e-6 + 100 * 60e-6)  # no key needed either
-    assert infer.query_api({"h": "x"}, "gpt-4-32k", cache, dry_run=True)[1]["estimated_cost_usd"] is None
-    with pytest.raises(ValueError, match="the price of gpt-4 at http://127.0.0.1:9 is not known"):
-        infer.query_api({"h": "x"}, "gpt-4", cache, api_base="http://127.0.0.1:9", max_cost_usd=1)
+    query({"h": "x" * 3_999_968}, "gpt-6-luna", cache, max_tokens=1_000_000, dry_run=True)  # no key needed
+    assert "0.60 USD" in capsys.readouterr().out  # 1,000,000 tokens in for 0.10, as many out for 0.50
+    query({"h": "x"}, "gpt-6-luna-2", cache, dry_run=True, reasoning_effort="none")
+    assert "unknown without --price_in" in (said := capsys.readouterr().out) and "thoughts" not in said
+    with pytest.raises(ValueError, match="the price of gpt-6-luna at http://127.0.0.1:9 is not known"):
+        query({"h": "x"}, "gpt-6-luna", cache, api_base="http://127.0.0.1:9", max_cost=1)
+    assert not {"gpt-3.5-turbo", "gpt-4"} & script.PRICES.keys()  # shut down
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -417,11 +439,11 @@ def test_max_cost_stops_before_it_is_exceeded_and_counts_what_earlier_runs_spent
     asked = {f"h{i}": f"prompt{i}{i}" for i in range(10)}
     with pytest.raises(
             ValueError, match=r"--max_cost 40: 21.0000 USD spent.*up to 20.0000.* 3 of 10 answers"):
-        infer.query_api(asked, "tiny", cache, api_base=server.base, max_cost_usd=40, **money)
+        query(asked, "tiny", cache, api_base=server.base, max_cost=40, **money)
     assert len(server.seen) == len(lines(cache)) == 3  # 0 + 20, 7 + 20, 14 + 20, but not 21 + 20
     with pytest.raises(ValueError, match="--max_cost 40: 21.0000 USD spent"):
-        infer.query_api(asked, "tiny", cache, api_base=server.base, max_cost_usd=40, **money)
-    usage = infer.query_api(asked, "tiny", cache, api_base=server.base, max_cost_usd=83, **money)[1]
+        query(asked, "tiny", cache, api_base=server.base, max_cost=40, **money)
+    usage = query(asked, "tiny", cache, api_base=server.base, max_cost=83, **money)[1]
     assert usage["cost_usd"] == pytest.approx(70) and len(server.seen) == 10
 
 
@@ -432,14 +454,14 @@ def test_an_answer_that_was_lost_or_has_no_usage_counts_as_its_upper_bound(serve
     money = {"price_in": 1e6, "price_out": 1e6, "max_tokens": 4, "concurrency": 1}
     server = serve(lambda prompt, n: first if len(server.seen) == 1 else reply())
     with pytest.raises(ValueError, match=r"--max_cost 39: (20|110).0000 USD spent.*up to 20.0000"):
-        infer.query_api(
-            {"h0": "prompt00", "h1": "prompt11"}, "tiny", cache, server.base, max_cost_usd=39, **money)
+        query(
+            {"h0": "prompt00", "h1": "prompt11"}, "tiny", cache, server.base, max_cost=39, **money)
     assert len(server.seen) == n_asked
     with pytest.raises(ValueError, match="--max_cost 39"):  # a restart has no budget of its own
-        infer.query_api(
-            {"h0": "prompt00", "h1": "prompt11"}, "tiny", cache, server.base, max_cost_usd=39, **money)
+        query(
+            {"h0": "prompt00", "h1": "prompt11"}, "tiny", cache, server.base, max_cost=39, **money)
     assert len(server.seen) == n_asked
-    records, usage = infer.query_api({"h0": "prompt00"}, "tiny", cache, server.base, **money)
+    records, usage = query({"h0": "prompt00"}, "tiny", cache, server.base, **money)
     assert usage["answered"] == 1 and usage["cost_usd"] == (None if isinstance(first, dict) else 110)
 
 
@@ -482,7 +504,7 @@ def test_a_key_that_is_no_header_value_is_refused_without_being_shown(cache, mon
     """requests puts an invalid header value into its exception: apache/devlake#7132 and others met it."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(ValueError, match="OPENAI_API_KEY holds a space, a line break") as mistake:
-        infer.query_api({"h": "p"}, "tiny", cache, api_base="http://127.0.0.1:9/v1")
+        query({"h": "p"}, "tiny", cache, api_base="http://127.0.0.1:9/v1")
     assert "MARKED" not in "".join(traceback.format_exception(mistake.value))
 
 
@@ -545,9 +567,9 @@ def test_ctrl_c_stops_soon_and_everything_received_is_kept(serve, cache, tmp_pat
 
 def test_a_second_ctrl_c_ends_at_once(serve, cache):
     """The first one awaits the answers under way, here for 60 seconds."""
-    server = serve(lambda prompt, n: time.sleep(60) or reply())
-    child = in_child(ask, server, cache, 5)
-    while len(server.seen) < 5:
+    server = serve(lambda prompt, n: prompt != "prompt 0" and time.sleep(60) or reply())
+    child = in_child(ask, server, cache, 6)
+    while len(server.seen) < 6:
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGINT)
     child.join(1)
@@ -603,7 +625,7 @@ def test_a_flipped_bit_anywhere_is_detected_said_and_never_an_answer(serve, cach
 
 def test_a_run_ends_on_the_disk(serve, cache, monkeypatch):
     synced = []
-    monkeypatch.setattr(infer.os, "fsync", synced.append)
+    monkeypatch.setattr(script.os, "fsync", synced.append)
     ask(serve(lambda prompt, n: reply()), cache)
     assert len(synced) == 1
 
@@ -665,7 +687,7 @@ def test_an_answer_that_drips_ends_with_the_time_out():
                 time.sleep(0.02)
 
     threading.Thread(target=drip, daemon=True).start()
-    client = infer.ApiClient(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", "", 1, 1)
+    client = client_of("tiny", "requests.jsonl", f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
     client.timeouts = 0.1, 0.4
     status, answer, _ = client.post({})
     assert status == 200 and "one that took more than 0.5 s" in answer["error"]
@@ -688,7 +710,7 @@ def any_bodies(n):
 
 
 def test_any_json_as_an_answer_is_recorded_and_nothing_else_happens(serve, cache, monkeypatch):
-    monkeypatch.setattr(infer, "STOP_AFTER_FAILURES", 10**6)
+    monkeypatch.setattr(script, "STOP_AFTER_FAILURES", 10**6)
     bodies = any_bodies(400)
     server = serve(lambda prompt, n: (200, {}, bodies[int(prompt.split()[1])]))
     records, usage = ask(server, cache, n=len(bodies), max_retries=0, price_in=1, price_out=1)
@@ -706,10 +728,262 @@ def test_any_json_as_an_error_is_one_printable_line(serve, tmp_path, status):
     server = serve(lambda prompt, n: (status, {}, bodies[int(prompt.split()[1])]))
     for i in range(len(bodies)):
         try:
-            records, _ = infer.query_api(
+            records, _ = query(
                 {"h": f"prompt {i}"}, "tiny", tmp_path / f"{i}.jsonl", api_base=server.base, max_retries=0)
             text = records["h"]["error"]
             assert status == 429 or records["h"]["status"] == "refused"
         except ValueError as stopped:
             text = str(stopped)
         assert text.isprintable() and len(text) < 600
+
+
+# ---- Servers of today ----
+
+
+def openai(prompt, n, body):
+    """gpt-6-luna, by OpenAI's documentation of 2026-11: errors, thoughts and usage of chat completions."""
+    effort, error = body.get("reasoning_effort", "medium"), {"type": "invalid_request_error"}
+    if "max_tokens" in body:
+        return 400, {}, {"error": error | {
+            "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.", "param": "max_tokens", "code": "unsupported_parameter"}}
+    if body.get("temperature", 1) != 1 and effort != "none":
+        return 400, {}, {"error": error | {
+            "message": "Unsupported value: 'temperature' does not support 0 with this model. Only the "
+            "default (1) value is supported.", "param": "temperature", "code": "unsupported_value"}}
+    if "BAD" in prompt:
+        return 400, {}, {"error": error | {
+            "message": "Invalid prompt: your prompt was flagged as potentially violating our usage policy.",
+            "param": None, "code": "invalid_prompt"}}
+    limit, thoughts = body["max_completion_tokens"], {"none": 0, "low": 64}.get(effort, 256)
+    answer = reply("joy", completion_tokens=thoughts + 4)
+    if thoughts + 4 > limit:
+        answer = reply("", "length", completion_tokens=limit)
+    answer["usage"]["completion_tokens_details"] = {"reasoning_tokens": min(thoughts, limit)}
+    return answer
+
+
+openai.reads_body = True
+KNOWN = {"model", "messages"}
+
+
+def names_sent(server):
+    return [sorted(json.loads(raw).keys() - KNOWN) for _, raw in server.bodies]
+
+
+def test_refused_parameters_are_found_by_the_first_request_said_and_kept_for_the_resumption(
+        serve, cache, capsys):
+    server = serve(openai)
+    records, usage = ask(server, cache, n=20, max_tokens=2000)
+    said = capsys.readouterr().out
+    assert "so max_tokens is sent as max_completion_tokens\n" in said and "temperature is left out\n" in said
+    assert names_sent(server) == [["max_tokens", "temperature"], ["max_completion_tokens", "temperature"],
+                                  *[["max_completion_tokens"]] * 20]
+    assert json.loads(server.bodies[-1][1])["max_completion_tokens"] == 2000  # as given
+    assert (usage["answered"], usage["retries"], usage["reasoning_tokens"]) == (20, 0, 20 * 256)
+    assert usage["completion_tokens"] == 20 * 260
+    assert lines(cache)[-1]["dialect"] == {"max_tokens": "max_completion_tokens", "temperature": None}
+    assert [line["status"] for line in lines(cache)] == ["failed"] * 2 + ["answered"] * 20
+    server.bodies.clear()
+    assert ask(server, cache, n=40, max_tokens=2000)[1]["cached"] == 20
+    assert names_sent(server) == [["max_completion_tokens"]] * 20
+
+
+def test_temperature_is_0_wherever_it_is_allowed(serve, cache):
+    server = serve(openai)
+    ask(server, cache, reasoning_effort="none", extra=[("seed", 1), ("provider", {"only": ["a"]})])
+    assert json.loads(server.bodies[-1][1]) == {
+        "model": "tiny", "messages": [{"role": "user", "content": "prompt 0"}], "temperature": 0,
+        "max_completion_tokens": 64, "reasoning_effort": "none", "seed": 1, "provider": {"only": ["a"]}}
+
+
+@pytest.mark.parametrize("status, answer", [
+    (400, {"error": {"message": "temperature must be 1", "param": "temperature"}}),
+    (400, {"object": "error", "message": "Unrecognized request argument: temperature", "code": 400}),
+    (422, {"detail": [{"loc": ["body", "temperature"], "msg": "Extra inputs are not permitted"}]}),
+    (400, b"unknown field `temperature`")])
+def test_a_parameter_is_known_by_its_name_in_the_words_of_any_server(serve, cache, status, answer):
+    def play(prompt, n, body):
+        return (status, {}, answer) if "temperature" in body else reply()
+
+    play.reads_body = True
+    server = serve(play)
+    assert ask(server, cache, n=9)[1]["answered"] == 9 and len(server.seen) == 10
+
+
+def test_a_server_without_any_limit_is_asked_without_one_unless_that_could_exceed_max_cost(serve, cache):
+    def play(prompt, n, body):
+        refused = [name for name in body if "tokens" in name]
+        return (400, {}, {"error": {"message": f"unknown {refused[0]}"}}) if refused else reply()
+
+    play.reads_body = True
+    server = serve(play)
+    with pytest.raises(ValueError, match="unknown max_completion_tokens; so --max_cost cannot hold"):
+        ask(server, cache, n=3, max_cost=1e6, price_in=1, price_out=1)
+    assert ask(server, cache, n=3)[1]["answered"] == 3 and names_sent(server)[-1] == ["temperature"]
+
+
+def test_a_model_that_thinks_to_the_limit_stops_after_five_answers_with_the_mend(serve, cache):
+    server = serve(openai)
+    for _ in range(2):  # the same command does not pay for more
+        with pytest.raises(ValueError, match="of the first 5 prompts every answer is empty or cut: give "
+                           "--reasoning_effort none or a larger --max_tokens") as stopped:
+            ask(server, cache, n=1000, concurrency=32)
+        assert "5 of 1000 answers are kept" in str(stopped.value) and len(server.seen) == 7
+    assert ask(server, cache, n=9, max_tokens=500)[1]["answered"] == 9
+
+
+def test_answers_that_are_all_cut_stop_the_run_and_one_that_is_whole_lets_it_go_on(serve, cache):
+    server = serve(lambda prompt, n: reply("The most fitting labels are: jo", "length"))
+    with pytest.raises(ValueError, match="of the first 3 prompts every answer is empty or cut"):
+        ask(server, cache, n=3)
+    server.play = lambda prompt, n: reply("joy", "stop" if prompt == "prompt 4" else "length")
+    usage = ask(server, cache, n=50)[1]
+    assert (usage["answered"], usage["truncated"]) == (50, 49)
+
+
+THOUGHTS = "I could say love, or anger."
+
+
+@pytest.mark.parametrize("content", [
+    f"<think>{THOUGHTS}</think>joy", f"<think>\n{THOUGHTS}\n</think>\n\njoy", f"{THOUGHTS}</think>\njoy",
+    f"joy <think>{THOUGHTS}", f"<thinking>{THOUGHTS}</thinking>joy", f"[THINK]{THOUGHTS}[/THINK]joy",
+    f"<think>a<think>{THOUGHTS}</think>b</think>joy", f"<Think>{THOUGHTS}</Think>joy",
+    f"<seed:think>{THOUGHTS}</seed:think>joy", f"<reasoning>{THOUGHTS}</reasoning>joy",
+    f"<|channel|>analysis<|message|>{THOUGHTS}<|end|><|start|>assistant<|channel|>final<|message|>joy<|end|>",
+    f"<|channel|>commentary<|message|>{THOUGHTS}<|end|><|channel|>final <|constrain|>text<|message|>joy",
+    f"analysis{THOUGHTS}assistantfinaljoy",
+    [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]}, {"type": "text", "text": "joy"}],
+    [{"type": "reasoning", "text": THOUGHTS}, {"type": "output_text", "text": "joy"}]])
+def test_thoughts_and_channels_are_no_answer_and_are_kept(content):
+    record = script.read_answer(reply(content))
+    assert record["response"].strip() == "joy" and record["status"] == "answered"
+    assert record["thoughts"] == content
+
+
+@pytest.mark.parametrize("content", [
+    f"<think>{THOUGHTS}", f"<|channel|>analysis<|message|>{THOUGHTS}", f"{THOUGHTS}</think>", None])
+def test_thoughts_without_an_answer_are_an_empty_answer(content):
+    record = script.read_answer(reply(content, "length", reasoning_content="hm"))
+    assert (record["status"], record["response"], record["truncated"]) == ("empty", None, True)
+    assert record["thoughts"] == "hm"
+
+
+def test_marks_of_thoughts_are_read_in_linear_time():
+    for mark in ("<think>", "</think>", "<|channel|>final", "<|message|>"):
+        started = time.monotonic()
+        script.answer_of(mark * (2**20 // len(mark)))
+        assert time.monotonic() - started < 10
+
+
+def test_content_as_parts_is_its_text():
+    parts = [{"type": "text", "text": "joy,"}, {"type": "text", "text": " love"}]
+    assert script.read_answer(reply(parts))["response"] == "joy, love"
+    assert script.read_answer(reply(["joy", {"text": ", love"}]))["response"] == "joy, love"
+
+
+@pytest.mark.parametrize("choice", [
+    {"error": {"code": 502, "message": "upstream died"}, "finish_reason": "error", "message": {}},
+    {"error": {"message": "upstream died"}, "message": {"role": "assistant", "content": "jo"}},
+    {"finish_reason": "error", "message": {"content": "jo"}}])
+def test_an_error_in_a_choice_is_retried_and_never_cached_for_good(serve, cache, choice):
+    server = serve(lambda prompt, n: {"choices": [choice]} if n <= 2 else reply())
+    usage = ask(server, cache, n=2, max_retries=1)[1]
+    assert (usage["failed"], usage["answered"], usage["retries"]) == (2, 0, 2)
+    assert ask(server, cache, n=2)[1]["answered"] == 2
+
+
+def stream(*chunks, end="data: [DONE]\n\n", line_end="\n"):
+    pieces = [f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n" for chunk in chunks]
+    body = ": keep alive\n\n" + "".join(pieces) + end
+    return 200, {"Content-Type": "text/event-stream"}, body.replace("\n", line_end).encode()
+
+
+def delta(finish=None, **of):
+    return {"model": "tiny-1", "choices": [{"index": 0, "delta": of, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_an_event_stream_is_read(serve, cache, line_end):
+    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+    server = serve(lambda prompt, n: stream(
+        delta(role="assistant", content=None), delta(reasoning_content="h\u2028m"), delta(content="jo"),
+        delta(content="y"), delta("stop"), usage, line_end=line_end))
+    records, usage = ask(server, cache, n=4)
+    assert records["hash3"]["response"] == "joy" and records["hash3"]["thoughts"] == "h\u2028m"
+    assert usage["answered"] == 4 and usage["prompt_tokens"] == 20 and usage["models"] == ["tiny-1"]
+
+
+@pytest.mark.parametrize("bad", [stream(delta(content="jo"), end=""), stream({"error": {"message": "no"}}),
+                                 stream("x"), stream({"choices": {}}), stream({"choices": [3]})])
+def test_a_broken_event_stream_is_a_failure_with_its_reason(serve, cache, bad):
+    server = serve(lambda prompt, n: bad)
+    records, usage = ask(server, cache, n=2, max_retries=1)
+    assert usage["failed"] == 2 and len(records["hash0"]["error"]) > 20
+
+
+def test_a_key_that_a_stream_sends_in_pieces_is_redacted(serve, cache, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda prompt, n: stream(delta(content=f"joy {KEY[:9]}"), delta("stop", content=KEY[9:])))
+    assert ask(server, cache)[0]["hash0"]["response"] == "joy [key]" and KEY[9:] not in cache.read_text()
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_web_page_in_the_place_of_an_api_stops_at_once(serve, cache, status):
+    server = serve(lambda prompt, n: (status, {"Content-Type": "text/html"}, b"<!DOCTYPE html><p>Hello"))
+    with pytest.raises(ValueError, match=f"HTTP {status}: <!DOCTYPE html>.*a web page: does --api_base"):
+        ask(server, cache, n=9)
+    assert len(server.seen) == 1
+
+
+def test_of_1000_prompts_30_are_moderated_and_the_run_ends_with_30_refused(serve, cache):
+    asked = {f"h{i}": f"{i} {'BAD' * (i % 33 == 0 and i < 990)}" for i in range(1000)}  # the first one, too
+    server = serve(openai)
+    records, usage = query(asked, "tiny", cache, server.base, reasoning_effort="none", concurrency=32)
+    assert (usage["answered"], usage["refused"], usage["failed"]) == (970, 30, 0)
+    assert records["h33"]["error"].startswith("Invalid prompt: your prompt was flagged")
+    assert records["h33"]["response"] is None and len(server.seen) == 1001
+    assert query(asked, "tiny", cache, server.base, reasoning_effort="none")[1]["cached"] == 1000
+
+
+def test_a_server_that_refuses_all_first_prompts_stops_and_they_are_asked_again(serve, cache):
+    server = serve(lambda prompt, n: (403, {}, {"error": {"message": "Your organization is not verified"}}))
+    with pytest.raises(ValueError, match="of the first 5 prompts all are refused: Your organization is not"):
+        ask(server, cache, n=100)
+    assert len(server.seen) == 5
+    server.play = lambda prompt, n: reply()
+    assert ask(server, cache, n=100)[1]["answered"] == 100
+
+
+def test_a_context_that_is_too_long_is_no_refused_parameter(serve, cache):
+    words = "'max_tokens' is too large: 64. This model's maximum context length is 32 tokens"
+    server = serve(lambda prompt, n: (400, {}, {"error": {"message": words, "param": "max_tokens"}})
+                   if prompt in ("prompt 0", "prompt 7") else reply())
+    records, usage = ask(server, cache, n=9)
+    assert (usage["refused"], usage["answered"], records["hash7"]["error"]) == (2, 7, words)
+    assert names_sent(server) == [["max_tokens", "temperature"]] * 9
+
+
+@pytest.mark.parametrize("usage, completion", [
+    ({"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 113}, 104),  # thoughts only in the total
+    ({"prompt_tokens": 9, "completion_tokens": 104, "total_tokens": 113}, 104),
+    ({"prompt_tokens": 9, "completion_tokens": 104, "total_tokens": None}, 104)])
+def test_thoughts_are_counted_as_output(usage, completion):
+    assert script.read_answer(reply() | {"usage": usage})["completion_tokens"] == completion
+
+
+def test_the_cache_belongs_to_model_prompt_and_parameters_and_not_to_a_port(serve, cache, tmp_path, capsys):
+    first, second = serve(lambda prompt, n: reply("joy")), serve(lambda prompt, n: reply("love"))
+    ask(first, cache, n=5)
+    records, usage = ask(second, cache, n=9)
+    assert usage["cached"] == 5 and usage["requests"] == len(second.seen) == 4
+    assert f"the same model's answers at {first.base} are used" in capsys.readouterr().out
+    (tmp_path / "old").mkdir()
+    cache.rename(tmp_path / "old" / "answers.jsonl")
+    usage = ask(second, cache, n=12, cache_from=[tmp_path / "old"], price_in=1, price_out=1)[1]
+    assert usage["cached"] == 9 and len(lines(cache)) == 3
+    for other in ({"max_tokens": 65}, {"extra": [("seed", 2)]}, {"reasoning_effort": "low"}):
+        assert ask(second, tmp_path / "x", cache_from=[tmp_path / "old"], dry_run=True, **other)[1][
+            "cached"] == 0
+    with pytest.raises(FileNotFoundError, match="--cache_from: no .*nowhere"):
+        ask(second, cache, cache_from=[tmp_path / "nowhere"])

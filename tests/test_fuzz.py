@@ -11,6 +11,7 @@ import fuzz
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_api import client_of
 from test_metrics import write_run
 
 import data
@@ -110,5 +111,5 @@ def test_a_label_name_that_would_end_a_response_behind_it_is_refused(tmp_path):
 
 def test_the_http_library_prints_no_header_that_it_cannot_read():
     """Its warning quotes the line: a key that a server wrote there would stand on the screen."""
-    infer.ApiClient("http://127.0.0.1:9/v1", "", 1, 1)
+    client_of("tiny", "answers.jsonl", "http://127.0.0.1:9/v1")
     assert not logging.getLogger("urllib3.connection").isEnabledFor(logging.WARNING)

@@ -437,7 +437,7 @@ def test_a_cell_stands_beside_the_papers_and_a_missing_one_says_not_run(tmp_path
     assert change["paper"] == pytest.approx(64.14, abs=0.005)
     assert (row["n"]["text"], row["seeds"]["text"]) == ("180", "42")
     assert "| phi-2 | not run (paper 28.99) | not run (paper 32.87) |" in text
-    assert "| - (paper +13.38) |" in text and "| gpt-4 | not run (paper 26.74)" in text
+    assert "| - (paper +13.38) |" in text and "| gpt-4, shut down 2026-10-23 | not run (paper 26.74)" in text
 
 
 def test_synthetic_runs_never_stand_beside_the_papers_values(tmp_path):

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (2, 1)]
 
 from measure import add_results, record  # noqa: E402
 
@@ -84,12 +84,11 @@ def bare(port, n, concurrency):
 
 def client(result, port, n, concurrency):
     """Sends (seconds, CPU seconds, MiB before, MiB at the peak, seconds of a second run) through `result`."""
-    import infer
+    from test_api import query
 
     def run():
         started = time.perf_counter()
-        usage = infer.query_api(asked, "tiny", cache, api_base=f"http://127.0.0.1:{port}/v1",
-                                concurrency=concurrency)[1]
+        usage = query(asked, "tiny", cache, f"http://127.0.0.1:{port}/v1", concurrency=concurrency)[1]
         assert usage["answered"] == n, usage
         return time.perf_counter() - started
 
