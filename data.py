@@ -801,6 +801,7 @@ class Encoded:
     n_shortened: int = 0  # prompts
     n_too_few: int = 0  # annotations whose user has fewer than K examples
     none: bool = False  # an annotation may have no label
+    annotations: Annotations | None = None
     response_ids: np.ndarray | None = None
     response_offsets: np.ndarray | None = None
     response_index: np.ndarray | None = None
@@ -902,7 +903,7 @@ def encode(tokenizer, task, method, annotations, max_length, pool=None, seed=42,
     lengths = np.concatenate([np.diff(offsets) for _, offsets in chunks])
     encoded = Encoded(np.concatenate([ids for ids, _ in chunks]), np.concatenate([[0], np.cumsum(lengths)]),
                       prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened, too_few,
-                      task.none)
+                      task.none, annotations)
     if method.family == "lm":
         distinct, encoded.response_index = np.unique(annotations.labels, axis=0, return_inverse=True)
         names = np.array(annotations.label_names)

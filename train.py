@@ -177,11 +177,14 @@ class Objective:
             return {"val_loss": self.mean_loss(encoded, prefix)}
         logits = infer.predict_scores(self.model, encoded, self.tokens_per_batch, self.processes, "", True)
         gold, scores = encoded.labels > 0, 0.5 + 0.5 * np.tanh(0.5 * logits)
-        tuned = scores >= metrics.tune_thresholds(gold, scores)
+        tuned, own = scores >= metrics.tune_thresholds(gold, scores), encoded.annotations
+        texts = np.unique(own.texts, return_inverse=True)[1][own.text_index]
+        auc = metrics.disagreement_auc(gold, scores, texts, own.user_index)
         pair = (torch.from_numpy(array).double() for array in (logits, encoded.labels))
         return {"val_loss": F.binary_cross_entropy_with_logits(*pair).item(),
                 "val_f1_macro": metrics.f1_macro(gold, scores >= 0.5),
-                "val_f1_macro_tuned": metrics.f1_macro(gold, tuned)}
+                "val_f1_macro_tuned": metrics.f1_macro(gold, tuned),
+                "val_disagreement_auc": None if math.isnan(auc) else auc}
 
     def fitting(self, work, encoded, rows):
         """work(), where memory runs out again from its start, in micro-batches of half the size.

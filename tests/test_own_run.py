@@ -255,6 +255,8 @@ def test_the_f1_of_a_validation_is_logged_at_half_and_at_tuned_thresholds(runs):
     best = [max(f1_score(gold[:, k], scores[:, k] >= cut, zero_division=0) for cut in scores[:, k])
             for k in (0, 1)]
     assert logged["val_f1_macro_tuned"] == pytest.approx(np.mean(best), abs=1e-6)
+    own = json.loads((runs["clsp"] / "metrics_val.json").read_text())["disagreement_auc"]
+    assert logged["val_disagreement_auc"] == (own and pytest.approx(own, abs=0.01))  # rounded scores
 
 
 def test_training_ends_after_validations_without_a_lower_loss_and_is_resumed_to_the_same_end(
