@@ -397,9 +397,11 @@ def show_processes(e):
 
 
 def show_validation(e):
-    rows = [(row["step"], row["val_loss"]) for row in e.log if "val_loss" in row]
-    return (words(f"The CLS-P run was told to validate {len(rows)} times. The best one is evaluated:")
-            + table(("step", "loss on val"), rows, lambda row: row[1] == min(loss for _, loss in rows)))
+    keys = ("step", "val_loss", "val_f1_macro", "val_f1_macro_tuned")
+    rows = [tuple(row[key] for key in keys) for row in e.log if "val_loss" in row]
+    return (words(f"The CLS-P run was told to validate {len(rows)} times. The one with the lowest loss is "
+                  "its result:") + table(("step", "loss", "F1 at 0.5", "F1 tuned"), rows,
+                                     lambda row: row[1] == min(own[1] for own in rows)))
 
 
 def show_generation(e):
