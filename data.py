@@ -2,11 +2,11 @@
 
 Source: section VI-A of the paper for the cleaning; the order of its stages and their counts from the authors'
 released code (README, audit rows D1-D6). Data: GoEmotions (Demszky et al. 2020), Unhealthy Conversations
-(Price et al. 2020), or any long CSV: text_id,user_id,text,<one 0/1 column per label>, with an optional
-`split` column (train, val, test).
+(Price et al. 2020), or any long CSV, used as it is: a row per annotation with user_id, text, labels (columns
+of 0 and 1, or one of names), and, if they are there, text_id and split (train, val, test).
 
     python data.py goemotions [--data_dir DIR]        downloads what is missing and prints the stages
-    python data.py annotations.csv
+    python data.py annotations.csv [--columns text=comment user_id=worker] [--labels toxic]
 
 The way of the data: files -> Annotations -> {"train", "val", "test"} -> Encoded token ids -> lists of rows.
 Does not build a prompt's words (prompts.py) and does not put anything on a device (train.py, infer.py).
@@ -18,7 +18,6 @@ import csv
 import fcntl
 import gzip
 import hashlib
-import io
 import itertools
 import math
 import os
@@ -28,12 +27,13 @@ import shlex
 import sys
 import textwrap
 import time
+import unicodedata
 import zlib
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -232,11 +232,19 @@ def find_files(corpus, data_dir):
 
 ROLES = ("text_id", "user_id", "text", "split")
 SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2}
-LABEL_VALUES = {"0": 0, "0.0": 0, "false": 0, "f": 0, "no": 0, "n": 0,
-                "1": 1, "1.0": 1, "true": 1, "t": 1, "yes": 1, "y": 1}
-UNNAMED = {"", "Unnamed: 0"}  # pandas writes its index so
-MOST_NAMES = 1000  # different cells of a column of label names
+UNNAMED = re.compile(r"(Unnamed: [\d.]+)?$")  # the name of a column that pandas wrote its index into
+MOST_LABELS = 1000
 BARE = "\udc0d"  # stands for a \r that ends no line, which csv refuses; no UTF-8 text has it
+
+
+class Marks(dict):
+    """0 or 1 of a cell, however it is written, or None."""
+
+    def __missing__(self, cell):
+        return self.get(cell.strip().lower())
+
+
+MARKS = Marks(dict.fromkeys("0 0.0 false f no n".split(), 0) | dict.fromkeys("1 1.0 true t yes y".split(), 1))
 
 
 def read_rows(path, delimiter=None, wanted=()):
@@ -249,9 +257,9 @@ def read_rows(path, delimiter=None, wanted=()):
 
     def lines():
         nonlocal bare, escaped
-        with open(path, "rb") as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
@@ -261,6 +269,8 @@ def read_rows(path, delimiter=None, wanted=()):
                     raise ValueError(f"{path}, line {number}: bad UTF-8 or a NUL; save it as UTF-8 text")
                 if "\r" in text and "\r" in (body := text.rstrip("\r\n")):
                     bare, text = True, body.replace("\r", BARE) + text[len(body):]
+                    if number == 1:
+                        raise csv.Error(r"its lines end in \r alone; save it with \n or \r\n")
                 escaped = escaped or '\\"' in text
                 yield text
 
@@ -285,60 +295,48 @@ def read_rows(path, delimiter=None, wanted=()):
         raise ValueError(f"{path}, line {start}: {error}{mend}") from None
 
 
-class Table(NamedTuple):
-    """An open file: where its columns are, and its rows below the header that are yet to be read."""
-
-    path: str
-    header: list
-    places: dict[str, int]  # of those of ROLES that it has
-    label_names: tuple
-    label_places: list  # of the columns of 0 and 1, or of the one that holds names
-    holds_names: bool
-    context: list  # places
-    rows: Iterator  # of (line number, cells)
-
-
 def open_table(path, columns, labels=None, label_names=None, context=(), needed=("user_id", "text")):
-    """Returns the Table of a CSV file with a header.
+    """Returns an open CSV file: its header, the places of roles, labels and context, and its further rows.
 
     columns {role: name}, those not in `needed` if they are there; labels, the names of the label columns, by
     default all others, or of one column that holds label names. With label_names, a finished run's, the file
     may be without labels. Raises: ValueError for what is missing or makes no sense.
     """
-    rows, asked = read_rows(path, None, {*columns.values(), *context, *(labels or ())}), labels
+    rows, one = read_rows(path, None, {*columns.values(), *context, *(labels or ())}), len(labels or ()) == 1
     header = [name.strip() for name in next(rows, (0, []))[1]]
     columns = {role: name for role, name in columns.items() if role in needed or name in header}
-    used, holds_names = [*columns.values(), *context], False
-    if label_names is not None:
-        holds_names = len(asked or ()) == 1 and asked[0] in header and (*asked,) != (*label_names,)
-        labels = asked if holds_names else label_names if {*label_names} <= {*header} else ()
-    elif asked is None:
-        labels = sorted({*header} - {*used} - UNNAMED)
+    used = [*columns.values(), *context]
+    if label_names is not None and {*label_names} <= {*header}:
+        labels = label_names
+    elif label_names is not None and not (one and labels[0] in header):
+        labels = ()
+    elif labels is None:
+        labels = [name for name in header if name not in used and not UNNAMED.match(name)]
     check_header(path, header, [*used, *labels])
-    names = tuple(label_names if holds_names else labels)
-    if label_names is None and asked and len(labels) == 1:
-        cells = distinct_cells(path, header)[header.index(labels[0])]
-        if len(cells) > MOST_NAMES:
-            raise ValueError(f"{path}: {labels[0]} has more than {MOST_NAMES} different cells, such as "
-                             f"{min(cells)!r}; --labels takes columns of 0 and 1, or one of label names")
-        if holds_names := any(cell.lower() not in LABEL_VALUES for cell in cells - {""}):
+    names = tuple(sorted(labels))
+    if holds_names := label_names is not None and names not in ((), label_names):
+        names = label_names
+    elif label_names is None and one:
+        place = header.index(names[0])
+        cells = {cells[place] for _, cells in itertools.islice(read_rows(path, None, header), 1, None)}
+        if holds_names := any(MARKS[cell] is None for cell in cells if cell.strip()):
             names = tuple(sorted(set().union(*map(split_names, cells))))
     if label_names is None:
         check_labels(path, names)
-    return Table(path, header, {role: header.index(name) for role, name in columns.items()}, names,
-                 [header.index(name) for name in labels], holds_names, [*map(header.index, context)], rows)
+    return SimpleNamespace(
+        path=path, header=header, places={role: header.index(name) for role, name in columns.items()},
+        label_names=names, label_places=[*map(header.index, labels if holds_names else names)],
+        holds_names=holds_names, context=[*map(header.index, context)], rows=rows)
 
 
 def check_header(path, header, columns):
     """Raises ValueError if a column is there twice, or missing."""
-    named = [name for name in header if name not in UNNAMED]
-    if doubled := sorted({name for name in named if named.count(name) > 1}):
-        raise ValueError(f"{path}: the header has {doubled} twice; rename or remove one")
-    if doubled := sorted({name for name in columns if columns.count(name) > 1}):
-        raise ValueError(f"{path}: {doubled} cannot be two things of --columns, --labels and --context")
+    for names, where in ((header, "the header has"), (columns, "--columns, --labels and --context have")):
+        if doubled := sorted({name for name in names if names.count(name) > 1 and not UNNAMED.match(name)}):
+            raise ValueError(f"{path}: {where} {doubled} twice; rename or remove one")
     if missing := [name for name in columns if name not in header]:
-        raise ValueError(f"{path}: no column {missing} in the header {header}; name it, as --columns "
-                         "user_id=NAME; cells are separated by comma, semicolon, tab or |")
+        raise ValueError(f"{path}: no column {missing} in the header {header}; tell which it is, as "
+                         "--columns user_id=worker (columns are separated by comma, semicolon, tab or |)")
 
 
 def check_labels(path, label_names):
@@ -346,29 +344,16 @@ def check_labels(path, label_names):
     if not label_names:
         raise ValueError(f"{path}: no label column; give each label a column of 0 and 1")
     if reserved := [name for name in label_names if prompts.label_key(name) == prompts.NONE]:
-        raise ValueError(f"{path}: a label cannot be called {reserved[0]!r}, the word for an annotation "
-                         "without labels; rename it, or leave its cells empty")
+        raise ValueError(f"{path}: no label can be {reserved[0]!r}, the word for an annotation without "
+                         "labels; rename it, or leave its cells empty")
+    if len(label_names) > MOST_LABELS:
+        raise ValueError(f"{path}: {len(label_names):,} labels, such as {label_names[0][:60]!r}; give "
+                         "--labels the columns of 0 and 1, or one column of label names")
     together = parse_response(build_response(label_names), label_names)[0]
     if odd := [name for name in label_names
                if name not in together or parse_response(name, label_names)[0] != [name]]:
         raise ValueError(f"{path}: label names {odd} cannot be read back from a comma-separated response: "
                          "each needs letters, no separators, and to differ in more than case, - and _")
-
-
-def distinct_cells(path, header):
-    """The distinct cells of each column, of each no more than show that they are too many for labels."""
-    found = [set() for _ in header]
-    for _, cells in itertools.islice(read_rows(path, None, header), 1, None):
-        for own, cell in zip(found, cells, strict=True):
-            if len(own) <= MOST_NAMES:
-                own.add(cell.strip())
-    return found
-
-
-@lru_cache
-def mark(cell):
-    """0 or 1, however it is written. Raises: KeyError."""
-    return LABEL_VALUES[cell.strip().lower()]
 
 
 def split_names(cell):
@@ -379,29 +364,26 @@ def split_names(cell):
     return {re.sub(r"^(-?\d+)\.0$", r"\1", name) for name in names if name}
 
 
-@lru_cache
+@lru_cache(10_000)
 def marks_of_names(cell, label_names):
-    """L times 0 or 1 of a cell that holds label names. Raises: KeyError for another name."""
-    if not (names := split_names(cell)) <= {*label_names}:
-        raise KeyError(cell)
-    return [name in names for name in label_names]
+    """L times 0 or 1 of a cell that holds label names; None for any other name."""
+    names = split_names(cell)
+    return [name in names for name in label_names] if names <= {*label_names} else [None]
 
 
 def bad_label(table, line, cells):
     """The ValueError of a row with a label that cannot be read."""
-    def binary(own):
-        return all(cell.strip().lower() in LABEL_VALUES for cell in own)
-
-    place = next(k for k in table.label_places if table.holds_names or not binary([cells[k]]))
-    cause = f"{table.path}, line {line}: {table.header[place]} is {cells[place]!r}"
+    bad = next(k for k in table.label_places if table.holds_names or MARKS[cells[k]] is None)
+    cause = f"{table.path}, line {line}: {table.header[bad]} is {cells[bad]!r}, not"
     if table.holds_names:
-        return ValueError(f"{cause}, not of {list(table.label_names)}")
-    others = {*table.places.values(), *table.context}
-    good = [name for k, (name, own) in enumerate(zip(table.header, distinct_cells(table.path, table.header)))
-            if k not in others and name not in UNNAMED and binary(own)]
-    mend = shlex.join(good) or "and the column that holds label names"
-    mend = f"name the labels: --labels {mend}" if cells[place].strip() else "fill it in or remove the row"
-    return ValueError(f"{cause}, not 0 or 1; {mend}")
+        return ValueError(f"{cause} of {list(table.label_names)}")
+    if not cells[bad].strip():
+        return ValueError(f"{cause} 0 or 1; fill it in or remove the row")
+    good = {*range(len(cells))} - {*table.places.values(), *table.context}
+    for _, other in itertools.islice(read_rows(table.path, None, table.header), 1, None):
+        good = {k for k in good if MARKS[other[k]] is not None}
+    names = [table.header[k] for k in sorted(good) if not UNNAMED.match(table.header[k])]
+    return ValueError(f"{cause} 0 or 1; name the labels: --labels {shlex.join(names or [table.header[bad]])}")
 
 
 def read_table(table, profiles=None):
@@ -412,15 +394,15 @@ def read_table(table, profiles=None):
     id_place, user_place, text_place, split_place = map(table.places.get, ROLES)
     filled = [k for k in (id_place, user_place, text_place) if k is not None]
     name_place = table.label_places[0] if table.holds_names else None
+    line = None
     for line, cells in table.rows:
-        if not all([cells[k].strip() for k in filled]):
+        if not all(map(str.strip, [cells[k] for k in filled])):
             empty = next(table.header[k] for k in filled if not cells[k].strip())
             raise ValueError(f"{table.path}, line {line}: empty {empty}; fill it in or remove the row")
-        try:
-            labels = ([mark(cells[k]) for k in table.label_places] if name_place is None
-                      else marks_of_names(cells[name_place], table.label_names))
-        except KeyError:
-            raise bad_label(table, line, cells) from None
+        labels = ([MARKS[cells[k]] for k in table.label_places] if name_place is None
+                  else marks_of_names(cells[name_place], table.label_names))
+        if None in labels:
+            raise bad_label(table, line, cells)
         split = SPLIT_NAMES.get(cells[split_place].strip().lower(), -1) if split_place is not None else None
         if split == -1:
             raise ValueError(f"{table.path}, line {line}: {table.header[split_place]} is "
@@ -433,6 +415,8 @@ def read_table(table, profiles=None):
                 raise ValueError(f"{table.path}, line {line}: user {user_id!r} has {own} here and {before} "
                                  "before; --context takes columns that are the same in all rows of a user")
         yield cells[id_place] if id_place is not None else None, cells[text_place], user_id, labels, split
+    if line is None:
+        raise ValueError(f"{table.path}: no {'annotation' if table.label_names else 'text'} below the header")
 
 
 def gather(rows, label_names, profiles=None):
@@ -463,10 +447,7 @@ def read_annotations(paths, columns, label_names=None):
     for path in paths:
         tables.append(open_table(path, columns, label_names, needed=ROLES[:3]))
         label_names = label_names or tables[0].label_names
-    annotations = gather(itertools.chain.from_iterable(map(read_table, tables)), label_names)
-    if not len(annotations):
-        raise ValueError(f"{paths[0]}: no annotation below the header")
-    return annotations
+    return gather(itertools.chain.from_iterable(map(read_table, tables)), label_names)
 
 
 def read_split_texts(path, text_column):
@@ -474,10 +455,9 @@ def read_split_texts(path, text_column):
 
     They have quotes as in any CSV: split on bare tabs, hundreds of texts would be lost.
     """
-    if path.suffix == ".tsv":
-        return {cells[0] for _, cells in read_rows(path, "\t")}
-    rows = read_rows(path)
-    _, header = next(rows, (0, []))
+    bare = path.suffix == ".tsv"
+    rows = read_rows(path, "\t" if bare else ",")
+    header = [text_column] if bare else next(rows, (0, []))[1]
     if text_column not in header:
         raise ValueError(f"{path}: no column {text_column} in the header {header}")
     return {cells[header.index(text_column)] for _, cells in rows}
@@ -497,14 +477,12 @@ def assign_splits(annotations, split_texts=None, seed=42):
     By the file's split column, row by row, else by split_texts {split: texts}, else 80/10/10 by a hash of
     the text. Raises: ValueError if a split has nothing.
     """
-    texts, of_text = annotations.texts, {}
-    if annotations.split_index is not None:
-        present = [name for s, name in enumerate(SPLITS) if (annotations.split_index == s).any()]
-        if len(present) < 3:
-            raise ValueError(f"the split column has {' and '.join(present)} only: call some rows "
-                             f"{' and '.join(sorted({*SPLITS} - {*present}))} (val tunes the thresholds), or "
-                             "rename the column: without one, texts are split 80/10/10")
-        return annotations.split_index
+    texts, of_text, own = annotations.texts, {}, annotations.split_index
+    if own is not None:
+        if missing := [name for s, name in enumerate(SPLITS) if s not in own]:
+            raise ValueError(f"the split column has no {' and no '.join(missing)}: give it some rows (val "
+                             "tunes thresholds), or rename the column, and texts are split 80/10/10")
+        return own
     if split_texts is None:
         distinct = sorted(set(texts), key=lambda text: (hash_order(seed, "split", text), text))
         if (n := len(distinct)) < 3:
@@ -516,20 +494,20 @@ def assign_splits(annotations, split_texts=None, seed=42):
     return np.array([of_text.get(text, -1) for text in texts], np.int8)[annotations.text_index]
 
 
-def count_stage(stage, annotations, split, keep, by_split=True):
-    """A stage of the report: how many annotations, texts and users are left, of each split or of all."""
+def count_stages(annotations, split, stages):
+    """[{"stage", "rows" (per split), "texts", "users"}] of {stage: mask of what is left}."""
     text, user = annotations.text_number, annotations.user_index
-    parts = [keep & (split == s) for s in range(3)] if by_split else [keep]
-    return {"stage": stage, "rows": [int(part.sum()) for part in parts],
-            "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
-            "users": int(np.count_nonzero(np.bincount(user[keep])))}
+    for stage, keep in stages.items():
+        parts = [keep & (split == s) for s in range(3)] if stage in STAGES[2:] else [keep]
+        yield {"stage": stage, "rows": [int(part.sum()) for part in parts],
+               "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
+               "users": int(np.count_nonzero(np.bincount(user[keep])))}
 
 
 def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
     """Returns ({split name: Annotations}, stages): what is left, and the counts after every stage.
 
-    Shapes: split (N,) from assign_splits; stages, a list of {"stage", "rows" (per split), "texts", "users"}.
-    Raises: ValueError if no user is left.
+    Shapes: split (N,) from assign_splits. Raises: ValueError if no user is left.
     """
     user, n_users = annotations.user_index, len(annotations.users)
     cell = 3 * user.astype(np.int64) + split  # a user in a split
@@ -539,34 +517,27 @@ def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
         """(U, 3) annotations of each user in each split."""
         return np.bincount(cell[keep], minlength=3 * n_users).reshape(n_users, 3)
 
-    def record():
-        stages.append(count_stage(STAGES[len(stages)], annotations, split, keep, len(stages) > 1))
-
-    record()
-    keep &= annotations.labels.any(axis=1)
-    record()
-    keep &= split >= 0
-    record()
-    keep &= (counts() > 0).all(axis=1)[user]
-    record()
+    stages.append(keep)
+    stages.append(keep := keep & annotations.labels.any(axis=1))
+    stages.append(keep := keep & (split >= 0))
+    stages.append(keep := keep & (counts() > 0).all(axis=1)[user])
     few = counts() < min_share * counts().max(axis=0)  # [choice.D1]
-    keep &= ~few[user, split]
-    record()
-    n = counts()
+    stages.append(keep := keep & ~few[user, split])
+    n, keep = counts(), keep.copy()
     most, ends = n.max(axis=0), np.cumsum(n).reshape(n.shape)
     by_cell = np.flatnonzero(keep)[np.argsort(cell[keep], kind="stable")]
     for u, s in np.argwhere(n > max_share * most):  # [choice.D2]
         rows = by_cell[ends[u, s] - n[u, s]: ends[u, s]].tolist()
         order = sorted(rows, key=lambda row: cut_order(annotations, row, seed))
         keep[order[: int(n[u, s] - max_share * most[s])]] = False  # duplicates of the rest stay: [choice.D3]
-    record()
-    keep &= (counts() > 0).all(axis=1)[user]  # a second time, as the cuts can empty a split: [choice.D5]
-    record()
+    stages.append(keep)
+    stages.append(keep := keep & (counts() > 0).all(axis=1)[user])  # the cuts can empty a split: [choice.D5]
     if not keep.any():
         raise ValueError(f"no user is left of {n_users} after cleaning: a user needs annotations in train, "
                          f"val and test, in each {min_share} of the most active user's; lower --min_share or "
                          "give more data")
-    return {name: annotations.select(keep & (split == s)) for s, name in enumerate(SPLITS)}, stages
+    return ({name: annotations.select(keep & (split == s)) for s, name in enumerate(SPLITS)},
+            list(count_stages(annotations, split, dict(zip(STAGES, stages, strict=True)))))
 
 
 def cut_order(annotations, row, seed):
@@ -600,52 +571,53 @@ def limit(annotations, n, seed=42):
     return annotations.select(np.sort(np.argsort(key[annotations.text_index], kind="stable")[:n]))
 
 
-def own_columns(given):
-    """{role: column} of --columns ROLE=NAME. Raises: ValueError."""
-    columns = {}
-    for one in given or ():
-        role, _, name = one.partition("=")
-        if role not in ROLES or not name or role in columns:
-            raise ValueError(f"--columns {one}: give each role once, ROLE=NAME, of {', '.join(ROLES)}")
-        columns[role] = name.strip()
-    return columns
-
-
-def present_users(annotations):
-    return {annotations.users[k] for k in np.unique(annotations.user_index)}
-
-
-def find_warnings(annotations, splits):
+def find_warnings(annotations, train):
     """What a user should know of a file that is sound."""
     alike = {}
     for user in annotations.users:
-        alike.setdefault(re.sub(r"^0+(?=\d)|(?<=\d)\.0$", "", user.strip()).casefold(), []).append(user)
+        plain = unicodedata.normalize("NFKC", user).strip().casefold()
+        alike.setdefault(re.sub(r"^0+(?=\d)|(?<=\d)\.0+$", "", plain), []).append(user)
     if alike := [users for users in alike.values() if len(users) > 1]:
-        yield (f"{len(alike)} users have IDs that differ in spaces, case, zeros or .0 only, as "
-               f"{' and '.join(map(repr, alike[0]))}: if they are one person, make them equal")
+        yield (f"users {' and '.join(map(repr, alike[0]))} differ in spaces, case, zeros or .0 only: if they "
+               f"are one person, make them equal ({len(alike)} such cases)")
     if annotations.split_index is not None:
         in_split = np.unique(3 * annotations.text_number.astype(np.int64) + annotations.split_index)
         n_splits = np.bincount(in_split // 3)
         if n := np.count_nonzero(n_splits > 1):
             yield (f"{n:,} of {len(n_splits):,} texts stand in more than one split: the test figure then "
                    "says how well known texts are relabelled, not new ones")
-    share = splits["train"].labels.mean(axis=0)
     for value in (0, 1):
-        if same := [name for name, own in zip(annotations.label_names, share) if own == value]:
-            yield f"{', '.join(same)} is {value} in all of train: nothing to learn"
+        if same := [name for name, own in zip(train.label_names, train.labels.T) if (own == value).all()]:
+            yield f"nothing to learn, as all of train has {value}: {', '.join(same)}"
+
+
+def present_users(annotations):
+    return {annotations.users[k] for k in np.unique(annotations.user_index)}
+
+
+def unseen_users(splits):
+    """The users of val and test that are not in train, sorted."""
+    train, *others = map(present_users, splits.values())
+    return sorted(set().union(*others) - train)
+
+
+def own_columns(given):
+    """{role: column} of --columns. Raises: ValueError."""
+    columns = dict(one.partition("=")[::2] for one in given or ())
+    if len(columns) < len(given or ()) or not columns.keys() <= {*ROLES} or "" in columns.values():
+        raise ValueError(f"--columns {' '.join(given)}: give ROLE=NAME, each of {', '.join(ROLES)} at most "
+                         "once")
+    return columns
 
 
 def read_own(args):
-    """(annotations, what the report says of the file) of a user's own file."""
+    """Returns (annotations, what the report says of the file) of a user's own file."""
     given, path = own_columns(args.columns), Path(args.dataset)
     table = open_table(args.dataset, {role: role for role in ROLES} | given, args.labels, None,
                        args.context or (), ("user_id", "text", *given))
     profiles = {}
-    annotations = gather(read_table(table, profiles), table.label_names, profiles)
-    if not len(annotations):
-        raise ValueError(f"{path}: no annotation below the header")
     used = {*table.places.values(), *table.label_places, *table.context}
-    return annotations, {
+    return gather(read_table(table, profiles), table.label_names, profiles), {
         "files": {path.name: {"blob_id": git_blob_id(path), "official": None}},
         "columns": {role: table.header[k] for role, k in table.places.items()},
         "unused": [name or "(unnamed)" for k, name in enumerate(table.header) if k not in used]}
@@ -661,10 +633,11 @@ def load(args):
     args = argparse.Namespace(**vars(parser.parse_args([])) | vars(args))
     started, split_texts, corpus = time.perf_counter(), None, CORPORA.get(args.dataset)
     paper = (args.clean or ("paper" if corpus else "none")) == "paper"
-    if not paper and (args.min_share, args.max_share) != (None, None):
-        raise ValueError("--min_share and --max_share are of --clean paper: give that too, or leave them out")
+    shares = {key: vars(args)[key] for key in ("min_share", "max_share") if vars(args)[key] is not None}
+    if shares and not paper:
+        raise ValueError(f"--{[*shares][0]} belongs to --clean paper: give both, or leave it out")
     if corpus:
-        if given := [name for name in ("columns", "labels", "context") if getattr(args, name)]:
+        if given := [name for name in ("columns", "labels", "context") if vars(args)[name]]:
             raise ValueError(f"--{given[0]} is for a file of your own, not for {args.dataset}: leave it out")
         paths, split_files, files = find_files(corpus, args.data_dir or Path("data", args.dataset))
         task = TASKS[args.dataset]
@@ -677,31 +650,18 @@ def load(args):
     else:
         raise FileNotFoundError(f"no data set {args.dataset!r}: use one of {sorted(CORPORA)} or the path of "
                                 "a CSV")
-    try:
-        split = assign_splits(annotations, split_texts, args.split_seed)
-    except ValueError as error:
-        raise ValueError(f"{args.dataset}: {error}") from None
+    split = assign_splits(annotations, split_texts, args.split_seed)
     if paper:
-        shares = {"min_share": args.min_share, "max_share": args.max_share}
-        shares = {name: share for name, share in shares.items() if share is not None}
         splits, stages = clean(annotations, split, seed=args.split_seed, **shares)
     else:
-        keep = split >= 0
         splits = {name: annotations.select(split == s) for s, name in enumerate(SPLITS)}
-        stages = [count_stage(STAGES[0], annotations, split, keep | True, False),
-                  count_stage(STAGES[2], annotations, split, keep)]
-    task = task._replace(none=any(not part.labels.any(axis=1).all() for part in splits.values()))
-    report |= {"dataset": str(args.dataset), "labels": list(task.label_names), "stages": stages,
-               "warnings": list(find_warnings(annotations, splits)), "unseen_users": unseen_users(splits),
-               "counts": {name: len(part) for name, part in splits.items()},
-               "seconds": time.perf_counter() - started}
-    return task, splits, report
-
-
-def unseen_users(splits):
-    """The users of val and test that are not in train, sorted."""
-    train, *others = map(present_users, splits.values())
-    return sorted(set().union(*others) - train)
+        stages = list(count_stages(annotations, split, {STAGES[0]: split > -2, STAGES[2]: split >= 0}))
+    task = task._replace(none=not all(part.labels.any(axis=1).all() for part in splits.values()))
+    return task, splits, report | {
+        "dataset": str(args.dataset), "labels": list(task.label_names), "stages": stages,
+        "warnings": list(find_warnings(annotations, splits["train"])), "unseen_users": unseen_users(splits),
+        "counts": {name: len(part) for name, part in splits.items()},
+        "seconds": time.perf_counter() - started}
 
 
 def format_report(report):
@@ -721,18 +681,17 @@ def format_report(report):
             rows, users = paper[stage["stage"]]
             line += f"{cells(rows):>30}{users or '':>7}"
         lines.append(line)
-    lines += textwrap.wrap(f"{len(report['labels'])} labels: {', '.join(report['labels'])}", 100,
-                           subsequent_indent="  ")
-    notes = [f"{name} is not the official file (blob id {check['blob_id']}): the counts cannot be the paper's"
-             for name, check in report["files"].items() if check["official"] is False]
-    notes += [f"{name} is not there and was left out"
+    notes = [f"{len(report['labels'])} labels: {', '.join(report['labels'])}"]
+    notes += [f"note: {name} is not the official file (blob id {check['blob_id']}): the counts cannot be the "
+              "paper's" for name, check in report["files"].items() if check["official"] is False]
+    notes += [f"note: {name} is not there and was left out"
               for name in sorted(set(corpus.files if corpus else ()) - set(report["files"]))]
     if report["unused"]:
-        notes.append(f"not used: {', '.join(report['unused'])}")
+        notes.append(f"note: not used: {', '.join(report['unused'])}")
     if report["unseen_users"]:
-        notes.append(f"{len(report['unseen_users'])} users of val or test are not in train: reported apart, "
-                     "as unseen")
-    lines += [f"note: {note}" for note in notes] + [f"warning: {own}" for own in report["warnings"]]
+        notes.append(f"note: {len(report['unseen_users'])} users of val or test are not in train: unseen")
+    notes += [f"warning: {own}" for own in report["warnings"]]
+    lines += [line for note in notes for line in textwrap.wrap(note, 100, subsequent_indent="  ")]
     return "\n".join([*lines, f"{report['seconds']:.1f} s"])
 
 
@@ -1003,10 +962,10 @@ def add_arguments(parser):
     add("--labels", nargs="+", metavar="COLUMN", help="of an own file, the columns of 0 and 1 to predict, or "
         "one whose cells hold label names (default: all other columns)")
     add("--context", nargs="+", metavar="COLUMN", help="of an own file, columns that describe the user")
-    add("--clean", choices=["paper", "none"], help="paper: annotations without labels and rare users are "
+    add("--clean", choices=["paper", "none"], help="paper: unlabelled annotations and rare users are "
         "dropped, frequent users cut down (default: paper for the two corpora, none for an own file)")
-    add("--min_share", type=share, help="with --clean paper, a user with fewer annotations in a split than "
-        "this share of the most active one's is dropped; the paper's text says 0.05, its counts are those of "
+    add("--min_share", type=share, help="with --clean paper, a user with less than this share of the most "
+        "active one's annotations in a split is dropped; the paper's text says 0.05, its counts are those of "
         "0.01 (default: 0.01)")
     add("--max_share", type=share, help="with --clean paper, a user with more than this share is cut down to "
         "it; 1.0: no cut (default: 0.6)")

@@ -401,6 +401,7 @@ def collect(runs_dir):
 # ---- Tables: {title: {row: {column: cell}}}, where a cell holds what exists of it, and figures ----
 
 BASELINES = ("user_bias", "user_frequencies", "always_all")
+PARTS = ("", "seen", "unseen")  # all users, those of train, the others
 AUDITED = ("clsp", "cls", *BASELINES)  # columns of the auditor's table
 AUDIT = ("f1_macro", "f1_macro_tuned", "disagreement_auc", "mean_average_precision", "log_loss",
          "f1_user_mean")  # its rows
@@ -535,8 +536,9 @@ def tables(runs_dir):
     for dataset, models in collect(runs_dir).items():
         paper = PAPER if dataset in DATASETS else {}
         for number, (shown, methods) in TABLES.items():
-            rows = {model: {method: measure(models.get(model, {}).get(method, ())) for method in methods}
-                    for model in dict.fromkeys([*filter(paper.get, shown), *models])}
+            rows = {f"{model}, {part} users" if part else model: {
+                        method: measure(models.get(model, {}).get(method, ()), part) for method in methods}
+                    for model in dict.fromkeys([*filter(paper.get, shown), *models]) for part in PARTS}
             for model, method in ((model, method) for model in rows for method in methods):
                 if method in paper.get(model, {}):
                     rows[model][method]["paper"] = paper[model][method][DATASETS.index(dataset)]
@@ -550,7 +552,7 @@ def tables(runs_dir):
             # what is left of the gain of `clsp`?
             names = [name for name in AUDITED if name in methods]
             rows = {f"{part} {key}".strip(): {name: measure(methods[name], part, key) for name in names}
-                    for part in ("", "seen", "unseen") for key in AUDIT}
+                    for part in PARTS for key in AUDIT}
             pairs = [("clsp", name) for name in names[1:] if "clsp" in names]
             report[f"Auditor's table. {dataset}, {model}"] = add_gains(rows, pairs)
         rows = {model: worth(models, model) for model in models if {"cls", "clsp"} <= models[model].keys()}

@@ -51,7 +51,7 @@ MUTANTS = [  # (tag, old text, new text): the old text stands once in the tag's 
     ("choice.D2", "np.argwhere(n > max_share * most)", "np.argwhere(n > most)"),
     ("choice.D3", "order[: int(n[u, s] - max_share", "order[: 1 + int(n[u, s] - max_share"),
     ("choice.D4", '("val", "test", "train"):', '("test", "val", "train"):'),
-    ("choice.D5", "keep &= (counts() > 0).all(axis=1)[user]  # a second", "pass  # a second"),
+    ("choice.D5", "keep & (counts() > 0).all(axis=1)[user])  # the cuts", "keep)  # the cuts"),
     ("choice.T2", 'tokenizer.eos_token if train_eos else ""', '""'),
     ("choice.P1", '"train" if follows(args)["P1"] == "paper" else "test"', '"test"'),
     ("choice.E5", '"temperature": 0,', '"temperature": 1,'),

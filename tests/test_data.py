@@ -3,8 +3,10 @@
 import argparse
 import collections
 import csv
+import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import multiprocessing
 import random
@@ -206,6 +208,301 @@ def test_quotes_in_tsv_files_are_quotes(tmp_path):
         (tmp_path / "train.csv").write_text(content)
         with pytest.raises(ValueError, match="no column comment"):
             data.read_split_texts(tmp_path / "train.csv", "comment")
+
+
+# ---- A file of one's own ----
+
+
+def long_rows(n_texts=30, n_users=3):
+    """Annotations of each text by each user: (text_id, user_id, text, 0 or 1 for joy, for love)."""
+    return [(f"t{k}", f"u{u}", f"text {k}", k % 2, u % 2) for k in range(n_texts) for u in range(n_users)]
+
+
+def refused(capsys, path, *flags):
+    """The one line on stderr with which data.py refuses a file."""
+    assert data.main([str(path), *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and printed.err.startswith("error: ") and not printed.out
+    return printed.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--clean", "none"]])
+def test_every_annotation_stays_where_it_was_and_unlabelled_ones_too(tmp_path, flags):
+    """With one 0/1 column, 87% of a file were dropped, and F1 was 1.0000 for having learned nothing."""
+    rows = [(k, f"u{k % 97}", f"text {k % 670}", int(k % 8 == 0)) for k in range(6700)]
+    path = write_csv(tmp_path / "a.csv", rows, (*COLUMNS, "toxic"))
+    task, splits, report = data.load(arguments(path, *flags))
+    left = [(row[0], row[1], row[2], row[3][0]) for part in splits.values() for row in rows_of(part)]
+    assert sorted(left) == sorted((str(row[0]), *row[1:]) for row in rows)
+    assert task.none and task.label_names == ("toxic",)
+    assert [stage["rows"] for stage in report["stages"]] == [[6700], [5360, 670, 670]]
+
+
+def test_the_papers_cleaning_of_an_own_file_is_that_of_clean(tmp_path):
+    rows = [(k, f"u{k % 5 * (k % 3)}", f"text {k}", int(k % 4 > 0), int(k % 5 > 2)) for k in range(900)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    annotations = annotations_of([(str(row[0]), *row[1:3], row[3:]) for row in rows])
+    for shares in ({}, {"min_share": 0.2, "max_share": 0.9}):
+        flags = [word for name, share in shares.items() for word in (f"--{name}", share)]
+        task, splits, report = data.load(arguments(path, "--clean", "paper", *flags))
+        expected, stages = data.clean(annotations, data.assign_splits(annotations), **shares)
+        assert report["stages"] == stages and not task.none
+        assert {name: rows_of(part) for name, part in splits.items()} == {
+            name: rows_of(part) for name, part in expected.items()}
+
+
+@pytest.mark.parametrize("flag", ["--min_share", "--max_share"])
+def test_a_share_without_the_papers_cleaning_is_refused(tmp_path, capsys, flag):
+    path = write_csv(tmp_path / "a.csv", long_rows())
+    assert f"{flag} belongs to --clean paper" in refused(capsys, path, flag, "0.5")
+
+
+WRITTEN = "text_id,user_id,text,joy,love\nt1,u1,\"a, b\",1,0\nt2,u1,c;d,0,1\nt3,u2,e\tf,0,0\n"
+READ = [("t1", "u1", "a, b", (1, 0)), ("t2", "u1", "c;d", (0, 1)), ("t3", "u2", "e\tf", (0, 0))]
+
+
+def delimited(delimiter):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(csv.reader(io.StringIO(WRITTEN)))
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize("content", [
+    WRITTEN.encode(), *map(delimited, ";\t|"), b"\xef\xbb\xbf" + delimited(";"),
+    gzip.compress(WRITTEN.encode()), gzip.compress(delimited("\t")), WRITTEN.replace("\n", "\r\n").encode(),
+    WRITTEN.replace("\n", "\r\r\n").encode(),  # written on Windows without newline=""
+    *(WRITTEN.replace(",1,0\n", f",{yes},{no}\n").replace(",0,1\n", f",{no},{yes}\n").encode()
+      for yes, no in (
+        ("TRUE", "FALSE"), ("true", "false"), ("True", "False"), (" 1", "0 "), ("1.0", "0.0"), ("T", "F"),
+        ("yes", "No"), (" tRUE ", "\tfalse"))),
+    "".join(f"{k},{line}\n" for k, line in zip(("", 0, 1, 2), WRITTEN.splitlines())).encode(),
+    "".join(f"{k},{line}\n" for k, line in zip(("Unnamed: 0", 0, 1, 2), WRITTEN.splitlines())).encode(),
+])
+def test_a_file_is_read_however_its_program_wrote_it(tmp_path, content):
+    (tmp_path / "a.tsv").write_bytes(content)  # the name says nothing
+    annotations, report = data.read_own(arguments(tmp_path / "a.tsv"))
+    assert rows_of(annotations) == READ and annotations.label_names == ("joy", "love")
+    index = content.split(b",")[0] in (b"", b"Unnamed: 0")
+    assert report["unused"] == (["(unnamed)" if content[:1] == b"," else "Unnamed: 0"] if index else [])
+
+
+def test_a_carriage_return_that_ends_no_line_is_a_part_of_its_cell(tmp_path):
+    """pandas writes it without quotes, and Python's csv then refuses the file."""
+    text = "a\rb\r\rc"
+    (tmp_path / "a.csv").write_bytes(f'user_id,text,joy\nu1,{text},1\n"u\r2","{text}",0\n'.encode())
+    annotations, _ = data.read_own(arguments(tmp_path / "a.csv"))
+    assert annotations.texts == [text] and annotations.users == ["u1", "u\r2"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'user_id,text,joy\nu1,"she said \\"no\\"",1\n',
+     'line 2: \',\' expected after \'"\'; a quote within a cell is written "", not \\"'),
+    (b'user_id,text,joy\nu1,"ends with \\"",1\nu1,b,1\n', 'written "", not'),
+    (b'user_id,text,joy\nu1,"a \\", b",1\n', 'written "", not'),
+    (b"user_id,text,joy\ru1,a,1\r", r"its lines end in \r alone"),
+    (gzip.compress(WRITTEN.encode())[:-12], "end-of-stream"),
+    (b"text\na\n", "no column ['user_id'] in the header ['text']"),
+    (b"comment,worker,joy\na,u,1\n", "--columns user_id=worker"),
+])
+def test_what_cannot_be_read_is_one_line_with_the_cause_and_the_mend(tmp_path, capsys, content, words):
+    (tmp_path / "a.csv").write_bytes(content)
+    assert words in refused(capsys, tmp_path / "a.csv")
+
+
+def test_columns_are_found_by_the_names_that_are_given_and_the_rest_is_named(tmp_path):
+    rows = [(f"{k}", f"c{k}", f"w{k % 2}", data.SPLITS[k % 3], k, "35-39", k % 2) for k in range(6)]
+    path = write_csv(
+        tmp_path / "a.csv", rows, ("item", "comment", "worker", "part", "text", "age", "rude")
+    )
+    mapping = ("--columns", "text=comment", "user_id=worker", "text_id=item", "split=part")
+    mapping += ("--labels", "rude")
+    _, splits, report = data.load(arguments(path, *mapping))
+    assert rows_of(splits["val"]) == [("1", "w1", "c1", (1,)), ("4", "w0", "c4", (0,))]
+    assert report["columns"] == {"text_id": "item", "user_id": "worker", "text": "comment", "split": "part"}
+    assert report["unused"] == ["text", "age"] and report["labels"] == ["rude"]
+    assert "not used: text, age" in data.format_report(report)
+    assert "1 labels: rude" in data.format_report(report)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--columns", "text=a", "text=b"], "each of text_id, user_id, text, split at most once"),
+    (["--columns", "text"], "give ROLE=NAME"),
+    (["--columns", "text="], "give ROLE=NAME"),
+    (["--columns", "rater=user_id"], "give ROLE=NAME"),
+    (["--columns", "text=comment"], "no column ['comment']"),
+    (["--columns", "split=part"], "no column ['part']"),
+    (["--columns", "text_id=item"], "no column ['item']"),
+    (["--columns", "text=user_id"], "have ['user_id'] twice"),
+    (["--labels", "anger"], "no column ['anger']"),
+    (["--labels", "joy", "joy"], "have ['joy'] twice"),
+    (["--labels", "joy", "text"], "have ['text'] twice"),
+    (["--labels", "joy", "--context", "joy"], "have ['joy'] twice"),
+    (["--labels", "joy", "age"], "not 0 or 1; name the labels: --labels love joy 'not nice' mood"),
+    ([], "age is '35-39', not 0 or 1; name the labels: --labels love joy 'not nice' mood"),
+    (["--context", "nothing"], "no column ['nothing']"),
+    (["--labels", "joy", "--context", "mood"], "line 3: user 'u0' has ('1',) here and ('0',) before"),
+])
+def test_a_flag_that_does_not_fit_the_file_is_one_line(tmp_path, capsys, flags, words):
+    rows = [(f"t{k}", f"u{k % 2 * k}", f"text {k}", k % 2, 0, 1, "35-39", k // 2 % 2)
+            for k in (0, 2, 3, 4, 5)]
+    header = (*COLUMNS, "love", "joy", "not nice", "age", "mood")
+    path = write_csv(tmp_path / "a.csv", rows, header)
+    assert words in refused(capsys, path, *flags)
+
+
+def test_flags_of_an_own_file_are_refused_for_the_two_corpora(capsys):
+    for flag in ("--columns", "--labels", "--context"):
+        assert f"{flag} is for a file of your own" in refused(capsys, "goemotions", flag, "text=a")
+
+
+@pytest.mark.parametrize("cells, labels", [
+    (["joy, anger", "anger", "", "joy,joy"], [["anger", "joy"], ["anger"], [], ["joy"]]),
+    (["joy;anger", "joy | anger", " ", "anger"], [["anger", "joy"], ["anger", "joy"], [], ["anger"]]),
+    (["['joy', 'anger']", '["anger"]', "[]", "{'joy'}"], [["anger", "joy"], ["anger"], [], ["joy"]]),
+    (["4", "1", "5", "1"], [["4"], ["1"], ["5"], ["1"]]),
+    (["4.0", "1.0", "", "0.0"], [["4"], ["1"], [], ["0"]]),
+    (["not hate", "hate (mild)", "don't know", "hate (mild)"],
+     [["not hate"], ["hate (mild)"], ["don't know"], ["hate (mild)"]]),
+    (["1", "0", "1", "0"], [["mood"], [], ["mood"], []]),
+    (["TRUE", "FALSE", "true", " 0"], [["mood"], [], ["mood"], []]),
+])
+def test_one_column_of_label_names_makes_its_values_the_labels(tmp_path, cells, labels):
+    rows = [(f"u{k}", f"text {k}", cell, k) for k, cell in enumerate(cells)]
+    path = write_csv(tmp_path / "a.csv", rows, ("user_id", "text", "mood", "other"))
+    annotations, report = data.read_own(arguments(path, "--labels", "mood"))
+    assert [annotations.label_set(row) for row in range(4)] == labels and report["unused"] == ["other"]
+    assert annotations.label_names == tuple(sorted({name for own in labels for name in own}))
+
+
+@pytest.mark.parametrize("cells, words", [
+    (["joy", "none"], "no label can be 'none', the word for an annotation without labels"),
+    (["None", "joy"], "no label can be 'None'"),
+    (["", " "], "line 2: mood is '', not 0 or 1; fill it in"),
+    (["1", ""], "line 3: mood is '', not 0 or 1; fill it in"),
+    (["joy", "???"], "cannot be read back"),
+    ([f"name {k}" for k in range(1001)], "1,001 labels, such as 'name 0'"),
+])
+def test_cells_that_make_no_labels_are_refused_with_the_reason(tmp_path, capsys, cells, words):
+    path = write_csv(tmp_path / "a.csv", [("u", f"text {k}", cell) for k, cell in enumerate(cells)],
+                     ("user_id", "text", "mood"))
+    assert words in refused(capsys, path, "--labels", "mood")
+
+
+def test_a_label_column_called_none_is_refused_with_the_reason(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", long_rows(), (*COLUMNS, "joy", "NONE"))
+    assert "no label can be 'NONE', the word for an annotation without labels" in refused(capsys, path)
+
+
+@pytest.mark.parametrize("one, other", [
+    ("12", "12.0"), ("7", " 7"), ("7", "007"), ("Ann", "ann "), ("\uff17", "7"), ("12.0", "12.00")])
+def test_ids_that_may_be_one_person_are_told_with_an_example(tmp_path, one, other):
+    rows = [(f"text {k}", user, k % 2) for k in range(9) for user in (one, other, "13", "1.5")]
+    _, splits, report = data.load(arguments(write_csv(tmp_path / "a.csv", rows, ("text", "user_id", "joy"))))
+    told, = report["warnings"]
+    assert f"users {one!r} and {other!r} differ in spaces, case, zeros or .0 only" in told
+    assert "(1 such" in told
+    assert splits["train"].users == [one, other, "13", "1.5"]
+
+
+def test_labels_with_one_value_only_have_nothing_to_learn(tmp_path):
+    rows = [(f"text {k}", f"u{k % 3}", 1, 0, k % 2) for k in range(40)]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "user_id", "always", "never", "now"))
+    assert data.load(arguments(path))[2]["warnings"] == [
+        "nothing to learn, as all of train has 0: never", "nothing to learn, as all of train has 1: always"]
+
+
+def test_a_text_without_an_id_has_its_hash_for_one(tmp_path):
+    rows = [("u1", "a", 1), ("u2", "a", 0), ("u1", "b", 0)]
+    path = write_csv(tmp_path / "a.csv", rows, ("user_id", "text", "joy"))
+    annotations, _ = data.read_own(arguments(path))
+    assert annotations.text_ids == [hashlib.sha256(text.encode()).hexdigest()[:16] for text in "ab"]
+
+
+@pytest.mark.parametrize("n, sizes", [(3, [1, 1, 1]), (4, [2, 1, 1]), (9, [7, 1, 1]), (10, [8, 1, 1]),
+                                      (11, [9, 1, 1]), (20, [16, 2, 2])])
+def test_few_texts_leave_no_split_empty(tmp_path, n, sizes):
+    path = write_csv(tmp_path / "a.csv", long_rows(n))
+    report = data.load(arguments(path))[2]
+    assert report["stages"][-1]["texts"] == sizes and sum(report["counts"].values()) == 3 * n
+
+
+def test_two_texts_or_a_split_column_that_lacks_one_are_refused_with_the_mend(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", long_rows(2))
+    assert "2 different texts cannot be split" in refused(capsys, path)
+    rows = [row + (name,) for row, name in zip(long_rows(3), ["train", "test"] * 5)]
+    path = write_csv(tmp_path / "a.csv", rows, (*COLUMNS, "joy", "love", "split"))
+    assert "the split column has no val: give it some rows" in refused(capsys, path)
+
+
+def test_users_of_val_and_test_who_are_not_in_train_are_kept_and_named(tmp_path):
+    """A published split that parts the users left 2 of 3,392 test rows, or none."""
+    rows = [(f"t{k}", f"u{k % 10}", f"text {k}", k % 2, 1, ["train"] * 7 + ["val", "test", "test"])
+            for k in range(100)]
+    rows = [(*row[:5], row[5][k % 10]) for k, row in enumerate(rows)]
+    path = write_csv(tmp_path / "a.csv", rows, (*COLUMNS, "joy", "love", "split"))
+    _, splits, report = data.load(arguments(path))
+    assert [len(part) for part in splits.values()] == [70, 10, 20]
+    assert report["unseen_users"] == ["u7", "u8", "u9"]
+    assert "3 users of val or test are not in train" in data.format_report(report)
+    args = arguments(path)
+    args.unseen_users, args.limit = 0.3, None
+    _, splits, report = infer.load_splits(args)
+    assert len(report["unseen_users"]) == 5 and report["counts"] == {"train": 50, "val": 10, "test": 20}
+    assert not data.unseen_users(splits).count("u0") or "u0" in report["unseen_users"]
+
+
+def test_context_is_what_a_users_rows_agree_on(tmp_path):
+    rows = [(f"text {k}", f"u{k % 3}", k % 2, f" {30 + k % 3}", "f") for k in range(9)]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "user_id", "joy", "age", "gender"))
+    _, splits, report = data.load(arguments(path, "--context", "age", "gender"))
+    assert splits["val"].profiles == {"u0": ("30", "f"), "u1": ("31", "f"), "u2": ("32", "f")}
+    assert report["labels"] == ["joy"] and report["unused"] == []
+    assert data.load(arguments(path, "--labels", "joy"))[1]["val"].profiles == {}
+
+
+def test_an_input_without_labels_and_users_is_read_in_parts_of_bounded_size(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [(k, f"text {k % 7}") for k in range(25)], ("row", "text"))
+    table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), None, ("joy", "love"), (), ("text",))
+    assert table.label_names == () and "user_id" not in table.places
+    rows, sizes = data.read_table(table), []
+    while len(part := data.gather(itertools.islice(rows, 10), table.label_names)):
+        sizes.append((len(part), len(part.texts), part.users, part.labels.shape[1]))
+    assert sizes == [(10, 7, [None], 0), (10, 7, [None], 0), (5, 5, [None], 0)]
+
+
+@pytest.mark.parametrize("header, cells, labels", [
+    (("user_id", "text", "love", "joy"), (1, 0), (0, 1)),
+    (("user_id", "text", "mood", "x"), ("love", 1), (0, 1)),
+    (("user_id", "text", "joy", "x"), (1, 0), ())])
+def test_the_labels_of_an_input_are_read_if_they_are_those_of_the_run(tmp_path, header, cells, labels):
+    path = write_csv(tmp_path / "a.csv", [("u", "a", *cells)], header)
+    table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), ["mood"], ("joy", "love"))
+    part = data.gather(data.read_table(table), table.label_names)
+    assert part.labels.tolist() == [[bool(own) for own in labels]]
+    if header[2] == "mood":
+        path = write_csv(tmp_path / "a.csv", [("u", "a", "fear", 1)], header)
+        table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), ["mood"], ("joy", "love"))
+        with pytest.raises(ValueError, match=r"line 2: mood is 'fear', not of \['joy', 'love'\]"):
+            data.gather(data.read_table(table), table.label_names)
+
+
+def test_the_command_shows_how_much_was_annotated_and_how_often_people_differ(tmp_path, capsys):
+    """Against counting by hand: three users on 20 texts, one of them twice on one text."""
+    rows = [(f"text {k}", f"u{u}", int(k < 5), int(k % 4 == u), data.SPLITS[k % 3])
+            for k in range(20) for u in range(3) if k < 15 or u == 0]
+    rows += [("text 19", "u0", 1, 1, "test")]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "user_id", "joy", "love", "split"))
+    assert data.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    n, shared = len(rows), 15
+    joy, love = (sum(row[k] for row in rows) / n for k in (2, 3))
+    differ = sum(len({row[3] for row in rows if row[0] == f"text {k}"}) > 1 for k in range(15)) / shared
+    assert re.search(r"^per user +15 +15 +21$", printed, re.MULTILINE)
+    assert re.search(r"^per text +1 +3 +3$", printed, re.MULTILINE)
+    assert re.search(rf"^joy +{joy:.1%} +0.0%$", printed, re.MULTILINE)
+    assert re.search(rf"^love +{love:.1%} +{differ:.1%}$", printed, re.MULTILINE)
+    assert "of the 15 texts with two or more annotators" in printed and "or more" in printed
+    assert max(map(len, printed.split("### User ID")[0].splitlines()[:-4])) <= 100
 
 
 # ---- Split and clean ----

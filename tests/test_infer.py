@@ -110,11 +110,12 @@ def test_predictions_go_on_in_halves_where_memory_runs_out(prompts, monkeypatch)
         infer.generate(*arguments)
 
 
-def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir):
-    """Brute force over a label that begins as another one does; token sequences of all subsets."""
+@pytest.mark.parametrize("none", [False, True])
+def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir, none):
+    """Brute force over a label that begins as another one does; all subsets, and the empty one if asked."""
     tokenizer = lora.load_tokenizer(f"{tiny_dir}/models/mistral")
     names = ("generalisation", "generalisation_unfair", "hostile", "joy")
-    sequences = infer.LabelSequences(tokenizer, names)
+    sequences = infer.LabelSequences(tokenizer, names, none)
     accepted, frontier = set(), [((), sequences.start)]
     while frontier:
         written, state = frontier.pop()
@@ -123,11 +124,33 @@ def test_the_automaton_accepts_exactly_the_sorted_label_sequences(tiny_dir):
                 accepted.add(written)
             else:
                 frontier.append(((*written, token), after))
-    subsets = [c for k in range(1, 5) for c in itertools.combinations(names, k)]
+    subsets = [c for k in range(not none, 5) for c in itertools.combinations(names, k)]
     expected = {
         tuple(tokenizer("\n" + build_response(c), add_special_tokens=False)["input_ids"]) for c in subsets
     }
     assert accepted == expected
+
+
+def test_generated_text_says_none_where_annotations_have_no_label(tiny_dir, tmp_path):
+    """A file with one 0/1 column, through training, constrained decoding and the predictions file."""
+    rows = [f"u{u},text {k},{int(k % 4 == u)}" for k in range(40) for u in range(3)]
+    (tmp_path / "a.csv").write_text("\n".join(["user_id,text,x", *rows]) + "\n")
+    arguments = command(tiny_dir, "lmp", "--max_steps", 2, "--out", tmp_path / "out", "--constrain")
+    arguments += ["--dataset", str(tmp_path / "a.csv")]
+    assert train.main(arguments) == 0
+    rows = metrics.read_predictions(tmp_path / "out" / "predictions_test.jsonl")
+    assert {row["response"].strip() for row in rows} <= {"none", "x"}
+    for row in rows:
+        assert row["none"] == (row["response"].strip() == "none") == (row["predicted"] == [])
+        assert row["text_hash"] == row["text_id"] and not row["not_understood"]
+    found = json.loads((tmp_path / "out" / "metrics_test.json").read_text())
+    assert found["share_empty_answers"] == found["share_not_understood"] == 0 and found["n_texts"] == 4
+    args = train.parse_args(arguments)
+    task, splits, _ = data.load(args)
+    encoded = data.encode(lora.load_tokenizer(args.model), task, METHODS["lmp"], splits["train"], 512)
+    tokenizer = lora.load_tokenizer(args.model)
+    targets = {tokenizer.decode(encoded.response(k)) for k in range(len(encoded.response_offsets) - 1)}
+    assert targets == {f"\nnone{tokenizer.eos_token}", f"\nx{tokenizer.eos_token}"}
 
 
 @pytest.mark.parametrize("model", ["mistral", "t5"])

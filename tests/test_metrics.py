@@ -377,6 +377,70 @@ def test_evaluate_counts_what_responses_do_not_answer():
     assert "log_loss" not in result
 
 
+@pytest.mark.parametrize("n_labels", [1, 3])
+def test_annotations_without_a_label_count_as_scikit_learn_counts_them(n_labels):
+    """87% of a hate-speech file has no label: dropped, F1 was 1.0000 for a model that had learned nothing."""
+    names, generator = LABELS[:n_labels], np.random.default_rng(0)
+    gold = generator.random((400, n_labels)) < 0.13 / n_labels
+    for predicted in (gold, gold & False, gold | True, generator.random(gold.shape) < 0.3):
+        chosen = [[[names[k] for k in np.flatnonzero(own)] for own in side] for side in (gold, predicted)]
+        rows = [row(f"t{n // 4}", n % 4, own, guess, predicted[n].astype(float).tolist())
+                for n, (own, guess) in enumerate(zip(*chosen, strict=True))]
+        result = metrics.evaluate(rows, names, thresholds=[0.5] * n_labels)
+        for average in ("macro", "micro"):
+            expected = (f1_score(gold, predicted, average=average, zero_division=0) if n_labels > 1
+                        else f1_score(gold[:, 0], predicted[:, 0], zero_division=0))  # of the label itself
+            assert result[f"f1_{average}"] == pytest.approx(expected)
+        assert result["f1_macro_tuned"] == result["f1_macro"]
+        assert result["n_annotations"] == 400 and result["n_texts"] == 100
+
+
+def test_a_user_without_a_label_on_either_side_has_no_f1_and_is_no_part_of_the_mean():
+    rows = [row("t1", "a", ["joy"], ["joy"], [0, 1, 0]), row("t1", "b", [], [], [0, 0, 0]),
+            row("t2", "c", [], ["joy"], [0, 1, 0]), row("t2", "d", ["love"], [], [0, 0, 0])]
+    result = metrics.evaluate(rows, LABELS)
+    assert result["f1_per_user"] == {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0}
+    assert result["f1_user_mean"] == pytest.approx(1 / 3) and result["n_users"] == 4
+    assert metrics.evaluate(rows[1:2], LABELS)["f1_user_mean"] == 0.0
+
+
+def test_an_answered_none_is_understood_and_not_empty():
+    rows = [{"text_id": k, "user_id": 1, "gold": [], "predicted": predicted, "response": response,
+             "not_understood": lost, "none": none}
+            for k, (predicted, response, lost, none) in enumerate([
+                ([], "none", [], True), ([], "", [], False), (["joy"], "joy", [], False),
+                ([], "hm", ["hm"], False)])]
+    result = metrics.evaluate(rows, LABELS)
+    assert result["share_empty_answers"] == 1 / 4 and result["share_not_understood"] == 1 / 3
+
+
+def test_texts_are_grouped_by_the_text_where_the_text_id_numbers_the_rows():
+    """360 rows of 30 texts had the interval of 360 texts."""
+    generator, rows = np.random.default_rng(0), []
+    for n in range(360):
+        gold = ["joy"] if n % 30 < 15 else []
+        rows.append(row(n, n % 12, gold, gold if generator.random() < 0.7 else ["love"], [0.1, 0.2, 0.3]))
+    of_text = [own | {"text_hash": f"{n % 30:016x}"} for n, own in enumerate(rows)]
+    assert metrics.evaluate(of_text, LABELS)["n_texts"] == 30
+    assert metrics.evaluate(rows, LABELS)["n_texts"] == 360
+    index = metrics.to_arrays(of_text, LABELS).text_index
+    assert len({*zip(index.tolist(), [n % 30 for n in range(360)])}) == 30
+    with_ids = [own | {"text_id": f"id {n % 30}"} for n, own in enumerate(rows)]  # files old and new
+    new = [own | {"text_hash": f"{n * 7 % 30:016x}"} for n, own in enumerate(with_ids)]
+    assert (metrics.to_arrays(with_ids, LABELS).text_index == metrics.to_arrays(new, LABELS).text_index).all()
+
+
+def test_tables_show_users_who_are_not_in_train_apart(tmp_path):
+    for method in ("lm", "lmp", "q0s"):
+        result = write_run(tmp_path / method, method, "mistral", flip=0.3)  # user 2 is unseen
+        for number in ("I", "II"):
+            rows = metrics.tables(tmp_path) and table(tmp_path, f"Table {number}. goemotions")
+            for part in ("seen", "unseen"):
+                if method in rows["mistral"]:
+                    assert rows[f"mistral, {part} users"][method]["value"] == 100 * result[part]["f1_macro"]
+    assert result["unseen"]["n_users"] == 1 and result["seen"]["n_users"] == 2
+
+
 @pytest.mark.parametrize("key, value, message", [
     ("gold", ["envy"], "envy"), ("predicted", ["Joy"], "Joy"), ("gold", "joy", "labels"),
     ("scores", [0.1, 0.2], "shape"), ("scores", [0.1, 0.2, 1.5], "scores"),

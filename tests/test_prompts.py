@@ -6,6 +6,7 @@ import string
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,20 @@ def test_neutral_template_has_no_words_of_one_corpus():
     )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_task_with_unlabelled_annotations_says_none_where_the_answer_is_text(name):
+    method, names = METHODS[name], ["rude", "funny"]
+    examples = [("Hi.", ())] * method.shots
+    plain, told = ("".join(build_prompt(neutral_task(names, none), method, "Hi.", "u", examples))
+                   for none in (False, True))
+    if method.family == "cls":
+        assert told == plain
+    else:
+        assert told == plain.replace("by commas.", "by commas, or none if no label applies.")
+        assert told.count("Response:\nnone\n") == method.shots
+    assert not any(task.none for task in TASKS.values())
+
+
 # ---- Parsing ----
 
 EMOTIONS = TASKS["goemotions"].label_names
@@ -278,6 +293,43 @@ def test_answers_are_understood_by_whole_labels_only(response, labels, not_under
     """[choice.E2]: never a substring inside another word."""
     found, rest = parse_response(response, EMOTIONS)
     assert (found, len(rest)) == (labels, not_understood)
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("none", ([], [])), ("\nNone.", ([], [])), ("- **NONE**", ([], [])), ("Labels: none", ([], [])),
+    ("none, joy", (["joy"], [])), ("none of these", ([], ["none of these"])),
+    ("nonesuch", ([], ["nonesuch"]))])
+def test_none_is_the_answer_without_any_label(response, answer):
+    assert parse_response(response, EMOTIONS) == answer
+    assert build_response([]) == build_response(()) == NONE == "none"
+    assert parse_response(response, (*EMOTIONS, NONE))[0] == answer[0] + [NONE] * (not answer[1])
+
+
+LETTERS = {  # names that differ in a vowel sign or tone mark only
+    "Devanagari": ("कि", "की", "कु", "क"), "Bengali": ("ভালো", "ভাল", "ভালা"), "Tamil": ("பல", "பலி", "பலு"),
+    "Thai": ("ไม่", "ไม้", "ไม"),
+    "Arabic": ("كَ", "كُ", "ك"), "Hebrew": ("שָׁ", "שׂ", "ש"), "Burmese": ("က", "ကာ", "ကိ")}
+
+
+@pytest.mark.parametrize("script", LETTERS)
+def test_labels_that_differ_in_a_combining_sign_are_two_labels(script):
+    names = sorted(LETTERS[script])
+    assert len({*map(label_key, names)}) == len(names)
+    for subset in ([name] for name in names):
+        assert parse_response(f"- {build_response(subset)}.", names) == (subset, [])
+    assert parse_response(build_response(names), names) == (names, [])
+
+
+@pytest.mark.parametrize("name", ["fröhlich", "Ängstlich", "niño", "vui vẻ", "각"])
+def test_composed_and_decomposed_spellings_are_one_label(name):
+    composed, decomposed = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for own, other in ((composed, decomposed), (decomposed, composed)):
+        assert parse_response(f"{other.upper()}, x", (own, "x")) == (sorted([own, "x"]), [])
+
+
+def test_emoji_with_a_variation_selector_behind_a_label_are_no_part_of_it():
+    assert parse_response("joy \u2764\ufe0f, \U0001f44d\U0001f3fd love", EMOTIONS) == (["joy", "love"], [])
 
 
 @pytest.mark.parametrize("method", METHODS)
