@@ -980,7 +980,7 @@ def test_examples_are_the_users_own_of_train_never_of_the_same_text_and_stable()
     rows = [(f"{k}", f"u{k % 3}", f"t{chance.randrange(40)}", (k % 2, 1)) for k in range(200)]
     splits = {"train": annotations_of(rows), "test": annotations_of([("9", "u9", "t9", (1, 0))])}
     for follow, split in ([], "train"), ([("P1", "released")], "test"):
-        args = types.SimpleNamespace(follow=follow, method="q2s")
+        args = types.SimpleNamespace(follow=follow, method="q2s", context=None, no_user_id=False)
         assert infer.example_pool(args, splits) == data.example_pool(splits[split])
     pool = data.example_pool(annotations_of(rows))
     asked = [(f"t{k}", f"u{u}") for k in range(45) for u in range(3)]
