@@ -46,6 +46,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LMS
@@ -235,24 +236,72 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
     return (weights.view(B, G, -1, S) @ value).view(B, H, T, D).transpose(1, 2), None
 
 
-def use_grouped_attention(model):
-    """Gives a model the one above, if it takes others than its own and wants no more than products."""
-    AttentionInterface.register("grouped", grouped_attention)
+def packing(attend):
+    """attend, which then also takes a prefix and the B rows behind it as one sequence (B is 1 outside).
+
+    Such a sequence is known by its mask, which is of one row: (1, 1, T, prefix + T). The prefix is attended
+    to by itself, then each row to the prefix and itself; keys and values of grouped queries stay grouped.
+    """
+    def attention(module, query, key, value, mask, scaling, dropout=0.0, **more):
+        if mask is None or mask.shape[2] == query.shape[2]:
+            return attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **more)
+        T, prefix = mask.shape[2], mask.shape[3] - mask.shape[2]
+        shared = [x[:, :, :prefix] for x in (query, key, value)]
+        rows = [x[0, :, prefix:].unflatten(1, (-1, T)).transpose(0, 1) for x in (query, key, value)]
+        rows[1:] = (torch.cat([s.expand(len(r), -1, -1, -1), r], 2) for s, r in zip(shared[1:], rows[1:]))
+        if has_flash(query):  # of unlike lengths, it aligns their ends
+            states = [torch.ops.aten._scaled_dot_product_flash_attention(*part, dropout, True, scale=scaling)
+                      [0].transpose(1, 2) for part in (shared, rows)]
+        else:
+            own = torch.full_like(mask[0, 0, :1, :1], torch.finfo(mask.dtype).min).expand(prefix, prefix)
+            states = [attend(module, *part, added, scaling=scaling, dropout=dropout)[0]
+                      for part, added in ((shared, own.triu(1)[None, None]), (rows, mask))]
+        return torch.cat([states[0], states[1].flatten(0, 1)[None]], 1), None
+
+    return attention
+
+
+def has_flash(query):
+    """Whether PyTorch's flash kernel takes this query."""
+    return (query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
+            and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device)[0] >= 8)
+
+
+def use_packing_attention(model, device):
+    """Gives a model attention that packs a prefix: on a CPU the one above, on a GPU PyTorch's.
+
+    Only if it takes others than its own and wants no more than products.
+    """
+    attention = "grouped" if device == "cpu" else "packed_sdpa"
+    AttentionInterface.register("grouped", packing(grouped_attention))
+    AttentionInterface.register("packed_sdpa", packing(sdpa_attention_forward))
     AttentionMaskInterface.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    AttentionMaskInterface.register("packed_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
     if model._supports_attention_backend and not sinks and not model.config.to_dict().get(
             "attn_logit_softcapping"):
-        model.set_attn_implementation("grouped")
+        model.set_attn_implementation(attention)
 
 
 def decoder_states(backbone, input_ids, prefix=0):
     """Last hidden states of right-padded prompts: a causal model never looks right, so no mask is needed.
 
-    The first `prefix` tokens, if they are the same in all rows, are run once with gradient, as one row.
+    The first `prefix` tokens, if they are the same in all rows, are run once with gradient: in one sequence
+    with the rows behind them where the attention can tell them apart, else as one row with a cache.
     Shapes: input_ids (B, T) -> (B, T - prefix, D).
     """
     if not prefix:
         return backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+    B, T = input_ids.shape
+    if T <= backbone.packs:
+        packed = torch.cat([input_ids[0, :prefix], input_ids[:, prefix:].flatten()])
+        positions = torch.arange(T, device=packed.device)
+        positions = torch.cat([positions[:prefix], positions[prefix:].repeat(B)])
+        dtype = backbone.get_input_embeddings().weight.dtype
+        mask = torch.full((T - prefix, T), torch.finfo(dtype).min, dtype=dtype, device=packed.device)
+        states = backbone(input_ids=packed[None], position_ids=positions[None], use_cache=False,
+                          attention_mask=mask.triu(prefix + 1)[None, None]).last_hidden_state
+        return states[0, prefix:].unflatten(0, (B, T - prefix))
     cache = backbone(input_ids=input_ids[:1, :prefix], use_cache=True).past_key_values
     for layer in cache.layers:  # autograd sums the gradients of the rows
         layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
@@ -665,20 +714,25 @@ def choose_ways(model, name, family):
     ids[1, :8], rows, lengths = ids[0, :8], torch.arange(2, device=device), torch.full_like(ids[:, 0], 24)
 
     def differs(prefix=0):
-        found = (decoder_states(model, ids, prefix)[:, -1] if family == "cls" else
-                 response_logits(model, ids, lengths, rows, lengths - int(t5), ids, prefix))
+        try:
+            found = (decoder_states(model, ids, prefix)[:, -1] if family == "cls" else
+                     response_logits(model, ids, lengths, rows, lengths - int(t5), ids, prefix))
+        except RuntimeError:  # of shapes: its attention is not told about the prefix
+            return True
         return (found - theirs).norm().item() > tolerance * theirs.norm().item()
 
     try:
         start = {"decoder_input_ids": F.pad(ids[:, :-1], (1, 0), value=config.decoder_start_token_id)
                  } if t5 else {}
         theirs = model(input_ids=ids, **start)[0][:, -1].float()
-        if device.type == "cpu":
-            use_grouped_attention(model)
-            if config._attn_implementation != before and differs():
-                model.set_attn_implementation(before)
+        use_packing_attention(model, device.type)
+        if config._attn_implementation != before and differs():
+            model.set_attn_implementation(before)
         if differs():
             raise ValueError("its logits are not a linear layer on the last states of its decoder")
+        model.base_model.packs = model.window if config._attn_implementation != before else 0
+        if model.shares_prefix and model.base_model.packs and differs(8):
+            model.base_model.packs = 0  # two passes, then
         model.shares_prefix = model.shares_prefix and not differs(8)
     except (ValueError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"--model {name} of type {config.model_type} cannot be used ({error}); use another "
