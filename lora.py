@@ -309,6 +309,54 @@ def decoder_states(backbone, input_ids, prefix=0):
     return backbone(input_ids=input_ids[:, prefix:], past_key_values=cache, use_cache=True).last_hidden_state
 
 
+class GatedProduct(torch.autograd.Function):
+    """act(gate) * up; backward computes act(gate) again, so that it need not be kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        return torch.autograd.grad(activated, gate, grad * up)[0], grad * activated.detach(), None
+
+
+class FusedNorm(nn.Module):
+    """RMSNorm in one kernel, which keeps its input alone for backward."""
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, getattr(self, "variance_epsilon", 0) or self.eps)
+
+
+class FusedMLP(nn.Module):
+    def forward(self, x):
+        return self.down_proj(GatedProduct.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+
+@torch.no_grad()
+def fuse(model):
+    """Gives RMSNorms and gated MLPs the forward above, what a GPU needs, if it computes what theirs does."""
+    weight = model.get_input_embeddings().weight
+    for module in model.modules():
+        before, parts = type(module), {name for name, _ in module.named_children()}
+        if before.__name__.endswith(("RMSNorm", "T5LayerNorm")) and hasattr(module, "weight"):
+            after, width = FusedNorm, module.weight.numel()
+        elif parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            after, width = FusedMLP, module.gate_proj.in_features
+        else:
+            continue
+        x = torch.linspace(-1, 2, width, device=weight.device).to(weight.dtype)[None]
+        expected, module.__class__ = module(x), after
+        if not (module(x) - expected).norm().item() <= 0.02 * expected.norm().item():  # Gemma's 1 + weight
+            module.__class__ = before
+
+
 def move(layer, device):
     """Takes a layer's parameters to the device: all are drawn on the CPU, the same for unlike devices."""
     for name, parameter in list(layer.named_parameters()):
@@ -744,6 +792,8 @@ def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float3
     """Returns the model of a method's family: base and, for `cls`, its new head."""
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # sums of fp16 products in fp32
     base = load_base(model_name, family, quantize, dtype, device, revision)
+    if torch.device(device).type == "cuda":
+        fuse(base)
     if family != "cls":
         return base
     head = T5Classifier if base.config.model_type == "t5" else LastTokenClassifier

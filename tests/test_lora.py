@@ -36,6 +36,7 @@ CONFIGS = {
     "neox": ("GPTNeoX", SIZES),
     "t5": ("T5", T5_SIZES | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "t5_tied": ("T5", T5_SIZES),
+    "gemma": ("Gemma", GROUPED | dict(head_dim=16, tie_word_embeddings=True)),
 }
 DECODERS = ["mistral", "llama", "phi", "neox"]
 ALL = [*DECODERS, "t5"]
@@ -652,6 +653,43 @@ def test_logits_do_not_depend_on_padding_or_batch_mates(checkpoint_of, name, qua
         padded = padded.where(torch.arange(17) < lengths[:, None], pad)
         assert_close(model(padded, lengths), alone)
     assert_close(model(ids.flip(0), lengths.flip(0)).flip(0), alone)
+
+
+@pytest.mark.parametrize("name, norms, mlps", [
+    ("mistral", 5, 2), ("gemma", 0, 2), ("t5", 12, 0), ("neox", 0, 0)])
+def test_fused_modules_give_the_logits_and_gradients_of_those_they_replace(
+        checkpoint_of, name, norms, mlps):
+    """Dropout on. Gemma's norm multiplies by 1 + weight and stays. Tolerance 1e-5, in fp32."""
+    directory, (ids, lengths), results = checkpoint_of(name), some_rows(end=1), []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = lora.build_model(directory, "cls", N_LABELS, "none")
+        if fused:
+            lora.fuse(model.transformer if name == "t5" else model.get_submodule(model.base_model_prefix))
+        kinds = (lora.FusedNorm, norms), (lora.FusedMLP, mlps)
+        assert all(sum(isinstance(m, kind) for m in model.modules()) == fused * n for kind, n in kinds)
+        lora.add_lora(model, lora_dropout=0.3)
+        for key, parameter in model.train().named_parameters():
+            if key.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.02)
+        torch.manual_seed(1)
+        logits = model(ids, lengths)
+        logits.square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        results.append((logits, gradient))
+    for plain, fused in zip(*results):
+        assert_close(fused, plain)
+
+
+def test_a_gated_product_has_the_gradient_of_the_plain_one_and_keeps_two_tensors():
+    gate, up = (torch.randn(5, 7, dtype=torch.double, requires_grad=True) for _ in "gu")
+    for act in (F.silu, torch.nn.GELU(approximate="tanh")):
+        assert torch.autograd.gradcheck(lambda gate, up, act=act: lora.GatedProduct.apply(gate, up, act),
+                                        (gate, up))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append):
+            product = lora.GatedProduct.apply(gate, up, act)
+        assert torch.equal(product, act(gate) * up) and len(kept) == 2
 
 
 @pytest.mark.parametrize("name", DECODERS)
