@@ -203,7 +203,7 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
                 dropouts[parent] = SharedDropout(lora_dropout, model.get_submodule(parent))
             model.set_submodule(key, LoRALinear(module, r, lora_alpha, dropouts[parent], device))
     for key in model.last_layer if model.last_layer_trains else ():
-        last = copy.deepcopy(model.get_submodule(key)).float().requires_grad_(True)
+        move(last := copy.deepcopy(model.get_submodule(key)), device)
         last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         model.set_submodule(key, last)
     return sorted(targets)
@@ -358,9 +358,10 @@ def fuse(model):
 
 
 def move(layer, device):
-    """Takes a layer's parameters to the device: all are drawn on the CPU, the same for unlike devices."""
-    for name, parameter in list(layer.named_parameters()):
-        setattr(layer, name, nn.Parameter(parameter.detach().to(device)))
+    """Makes a layer train, in fp32, on the device: it is drawn on the CPU, the same for unlike devices."""
+    for part in layer.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.detach().to(device, torch.float32)))
 
 
 class LastTokenClassifier(nn.Module):
@@ -406,7 +407,7 @@ class T5Classifier(nn.Module):
         for layer in self.classification_head.values():
             nn.init.normal_(layer.weight, std=config.d_model**-0.5)
             nn.init.zeros_(layer.bias)
-            move(layer, device)
+        move(self.classification_head, device)
 
     def forward(self, input_ids, lengths, prefix=0):
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
