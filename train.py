@@ -353,6 +353,8 @@ def fit_micro_batch(objective, encoded, batch_size):
 
     growth(1)  # warms up
     one, many, length = growth(1), 5, int(encoded.lengths.max())
+    if objective.family == "lm" and objective.decoder:
+        length += int(np.diff(encoded.response_offsets).max())
     while (most := growth(many)) == math.inf and many > 2:
         many -= 1
     free = min(from_all(free_memory_gb(device)))
