@@ -38,7 +38,8 @@ def run(command, log):
 
 def new_notes(log, runs):
     """The notes of a log that no cell has shown."""
-    notes = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("note: ")]
+    text = log.read_text(errors="replace").replace("\n  ", " ")  # a long note is folded
+    notes = [line for line in text.splitlines() if line.startswith("note: ")]
     path = runs / "notes.txt"
     shown = path.read_text().splitlines() if path.exists() else []
     new = [line for line in dict.fromkeys(notes) if line not in shown]
