@@ -180,11 +180,18 @@ UNHEALTHY_LABELS = list(TASKS["unhealthy"].label_names)
 
 
 def write_corpora(out_dir, seed=0, size="tiny"):
-    """Writes out_dir/goemotions and out_dir/unhealthy in the published formats, the same for one seed."""
+    """Writes out_dir/goemotions and out_dir/unhealthy in the published formats, the same for one seed.
+
+    Beside them the second once more, as a file of one's own, annotations.csv, and new.csv, a few texts.
+    """
     for corpus, write in (("goemotions", _write_goemotions), ("unhealthy", _write_unhealthy)):
         directory = Path(out_dir) / corpus
         directory.mkdir(parents=True, exist_ok=True)
-        write(directory, draw_world(corpus, seed, size), random.Random(f"files {corpus} {seed}"))
+        write(directory, world := draw_world(corpus, seed, size), random.Random(f"files {corpus} {seed}"))
+    rows = [[user_id, world.texts[i][0], *(int(name in labels) for name in UNHEALTHY_LABELS)]
+            for i, user_id, labels in world.annotations]
+    _write_rows(Path(out_dir, "annotations.csv"), [["user_id", "text", *UNHEALTHY_LABELS]] + rows)
+    _write_rows(Path(out_dir, "new.csv"), [["text"]] + [[text] for text, _, _ in world.texts[:20]])
 
 
 def _write_rows(path, rows, **dialect):
