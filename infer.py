@@ -48,11 +48,16 @@ FOLLOW = {  # row of the audit -> whom it can follow, the default first
     "P1": ("paper", "released"), "T1": ("released", "paper"), "T2": ("paper", "released"),
     "T4": ("paper", "released"), "E2": ("paper", "released"),
 }
-
-
-HOW = {"out", "micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
-       "max_retries", "api_base", "cache_from"}  # change no result of the same model, but for rounding
 PLACES = ("model", "dataset", "data_dir")  # what may lie elsewhere when a run is used: fingerprints decide
+MEANT_FOR = {  # what alone a flag has a meaning for; one that is not here has a meaning everywhere
+    "texts": {"text", "input", "output", "force", "users", "threshold"},
+    "adapter": {"lora_r", "lora_alpha", "lora_dropout", "target_modules"},
+    "weights": {"constrain", "dtype", "micro_batch_tokens", "quantize", "revision"},
+    "chat": {"chat_template"},
+    "server": {"api_base", "dry_run", "max_cost", "price_in", "price_out", "max_tokens", "reasoning_effort",
+               "extra", "cache_from", "concurrency", "timeout_s", "max_retries"},
+}
+HAS = {"run": ("texts", "adapter", "weights"), "local query": ("weights", "chat"), "query": ("server",)}
 
 
 def positive(text):
@@ -120,7 +125,7 @@ def complete(args):
     """Fills in what has no fixed default."""
     args.dtype = args.dtype or lora.default_dtype(args.model)
     args.out = args.out or Path("runs", Path(args.dataset).stem, Path(args.model).name, args.method)
-    query = METHODS[args.method].family == "query"
+    query = method_of(args).family == "query"
     args.micro_batch_tokens = args.micro_batch_tokens or (
         "auto" if torch.cuda.is_available() and not query else 4096)
     if args.micro_batch_tokens == "auto" and query:
@@ -330,7 +335,8 @@ def claim_out(args):
         return lock, None
     record = read_record(args.out)
     old, new = record["arguments"], arguments_of(args)
-    if different := sorted(k for k in new if k not in HOW and json.dumps(old.get(k)) != json.dumps(new[k])):
+    if different := sorted(name for name in new.keys() - metrics.HOW
+                           if json.dumps(old.get(name)) != json.dumps(new[name])):
         was = ", ".join(f"{name} {old.get(name)!r} there, {new[name]!r} here" for name in different)
         raise ValueError(f"--out {args.out} holds a run with other arguments ({was}); use another --out")
     return lock, record
@@ -611,12 +617,13 @@ def write_results(out, split, rows, label_names, thresholds=None, unseen_users=(
     return result
 
 
-def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test", processes=ALONE):
+def evaluate(args, model, tokenizer, splits, encoded, split="test", processes=ALONE):
     """Predicts a split and writes its predictions and metrics; the first process returns the metrics.
 
     For a classifier, thresholds are tuned on val; for CLS the baselines are computed beside it.
     """
     started, result, label_names = time.perf_counter(), None, splits[split].label_names
+    unseen_users = data.unseen_users(splits)
     if METHODS[args.method].family != "cls":
         responses, steps = generate(model, tokenizer, encoded[split], label_names, args.micro_batch_tokens,
                                     processes, args.constrain, split)
@@ -634,7 +641,7 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
         return None
     if args.method == "cls" and split == "test":
         write_json(args.out / "baselines_test.json",
-                   evaluate_baselines(splits, scores, encoded["test"], unseen_users))
+                   evaluate_baselines(splits, scores, encoded["test"]))
     tuned = metrics.tune_thresholds(splits["val"].labels, scores["val"])
     if split == "test":
         amend_record(args.out, thresholds=tuned.tolist())
@@ -645,7 +652,7 @@ def evaluate(args, model, tokenizer, splits, encoded, unseen_users, split="test"
     return result
 
 
-def evaluate_baselines(splits, scores, encoded, unseen_users=(), folds=5):
+def evaluate_baselines(splits, scores, encoded, folds=5):
     """{name: metrics and scores on test} of what a User ID in the prompt must beat; scores {split: (N, L)}.
 
     All labels, always; each user's label frequencies in train; CLS plus a bias per user and label, fitted on
@@ -676,24 +683,30 @@ def evaluate_baselines(splits, scores, encoded, unseen_users=(), folds=5):
         strength, on_val, on_test = min(ways, key=lambda way: metrics.log_loss(val.labels, way[1]))
         rows = list(rows_of_scores(test, encoded, on_test))
         thresholds = metrics.tune_thresholds(val.labels, on_val)
-        result[name] = metrics.evaluate(rows, train.label_names, thresholds, unseen_users)
+        result[name] = metrics.evaluate(rows, train.label_names, thresholds, data.unseen_users(splits))
         result[name] |= {"strength": strength, "scores": [row["scores"] for row in rows]}
     return result
 
 
 def format_metrics(result):
-    """The main figures of a metrics file in one line."""
+    """The main figures of a metrics file as a small table: of all and, if some are unseen, of both parts."""
     names = ("f1_macro", "f1_macro_tuned", "f1_micro", "mean_average_precision", "log_loss",
-             "share_not_understood", "share_empty_answers", "share_truncated", "share_refused")
-    figures = ", ".join(f"{name} {result[name]:.4f}" for name in names if result.get(name) is not None)
-    return (f"{figures}; {result['n_annotations']:,} annotations of {result['n_texts']:,} texts by "
-            f"{result['n_users']} users, {result['seconds']:.0f} s")
+             "disagreement_auc", "share_not_understood", "share_empty_answers", "share_truncated",
+             "share_refused")
+    parts = {"all": result} | {name: result[name] for name in ("seen", "unseen") if name in result}
+    lines = [f"{result['n_annotations']:,} annotations of {result['n_texts']:,} texts by "
+             f"{result['n_users']} users, {result['seconds']:.0f} s"]
+    if len(parts) > 1:
+        lines.append(f"{'users':>22} " + "".join(f"{part:<8}" for part in parts).rstrip())
+    for name in (name for name in names if result.get(name) is not None):
+        figures = ("-" if own.get(name) is None else f"{own[name]:.4f}" for own in parts.values())
+        lines.append(f"{name:>22} " + "".join(f"{figure:<8}" for figure in figures).rstrip())
+    return "\n".join(lines)
 
 
 # ---- A trained run: evaluate it again, or predict texts ----
 
 PART = 4096  # rows that are predicted, and kept, at a time
-TEXTS_IN = {"text", "input", "output", "force", "users", "threshold"}  # flags that change no run
 
 
 def load_run(directory, given):
@@ -712,16 +725,17 @@ def load_run(directory, given):
     args = argparse.Namespace(**record["arguments"] | record.get("places", {}))
     args.commit = None if "model" in given else record.get("model_commit")
     args.out, args.adapter, args.follow = Path(directory), str(directory), list(args.follow.items())
-    if given.get("constrain", args.constrain) != args.constrain and not given.keys() & {"out", *TEXTS_IN}:
+    kept = not given.keys() & {"out", *MEANT_FOR["texts"]}  # what is predicted replaces the run's own
+    if given.get("constrain", args.constrain) != args.constrain and kept:
         raise ValueError(f"--constrain gives other responses than those in {directory}: give them an --out")
     for name, value in given.items():
         named = name == "dataset" and {value, args.dataset} & data.CORPORA.keys()
         if name in ("micro_batch_tokens", "constrain", "out") or name in PLACES and not named:
             setattr(args, name, value)
-        elif name == "follow" and {*value} <= {*args.follow} or name in ("run", "split", *TEXTS_IN):
-            continue
+        elif name == "follow" and {*value} <= {*args.follow} or name in ("run", "split", *MEANT_FOR["texts"]):
+            continue  # changes no run
         elif name in ("columns", "labels") and "input" in given:
-            continue
+            continue  # of the input
         elif getattr(args, name) != value:
             raise ValueError(f"--run {directory} was trained with {name} {getattr(args, name)}, not {value}: "
                              f"leave --{name} out")
@@ -763,8 +777,7 @@ def evaluate_run(args, run, device):
     with claim_out(run)[0] if beside else lock_out(run.out):
         if beside:
             write_json(run.out / "run.json", describe_run(run, report, model, task, splits["train"]))
-        return evaluate(run, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
-                        Processes(device=device))
+        return evaluate(run, model, tokenizer, splits, encoded, args.split, Processes(device=device))
 
 
 # ---- Texts in, predictions out ----
@@ -791,6 +804,10 @@ def read_asked(args, run, task):
     profiles = {}
     rows = data.read_table(table, profiles)
     if not table.label_places:
+        if there := {*task.label_names} & {*table.header}:
+            lack = {*task.label_names} - there
+            print(f"no metrics: {path} has no column {', '.join(sorted(lack))}, so its "
+                  f"{', '.join(sorted(there))} are not read")
         rows = ((*row[:3], [0] * len(task.label_names), None) for row in rows)
     asked = data.gather(rows, task.label_names, profiles)
     if not len(asked):
@@ -885,6 +902,8 @@ def predict_texts(args, run, device):
     if args.output and args.output.exists() and not args.force:
         raise ValueError(f"--output {args.output} exists: give another name, or --force to replace it")
     asked, has_gold = read_asked(args, run, task)
+    if args.users == ["all"] and "all" in known:
+        raise ValueError("--users all: a user of train has this ID; name the users, or give a file of them")
     users, together = (sorted(known), len(known)) if args.users == ["all"] else (args.users, 0)
     asks_who = method.user_id or method.context
     if users is None and None in asked.users and asks_who:
@@ -929,7 +948,7 @@ def predict_texts(args, run, device):
 def use_run(args, given, device):
     """`--run DIR`: predicts texts, or evaluates a split and returns its metrics."""
     run = load_run(args.run, given)
-    if not given.keys() & TEXTS_IN:
+    if not given.keys() & MEANT_FOR["texts"]:
         return evaluate_run(args, run, device)
     if (args.text is None) == (args.input is None) or (args.input is None) != (args.output is None):
         raise ValueError("give --text with a text, and --users, the IDs of who labels it; or --input with "
@@ -955,8 +974,7 @@ def query_model(args, device):
         check_inputs(args.out, old, report, model)
     else:
         write_json(args.out / "run.json", describe_run(args, report, model, task, splits["train"]))
-    return evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"], args.split,
-                    Processes(device=device))
+    return evaluate(args, model, tokenizer, splits, encoded, args.split, Processes(device=device))
 
 
 def fit(before, text, after, max_length):
@@ -1010,12 +1028,6 @@ def query_server(args):
     return write_results(args.out, args.split, rows, task.label_names, None, report["unseen_users"],
                          usage=usage, n_shortened=n_shortened, n_too_few_examples=too_few,
                          seconds=time.perf_counter() - started)
-
-
-OF_RUN = TEXTS_IN | {"lora_r", "lora_alpha", "lora_dropout", "target_modules"}
-OF_LOCAL = {"chat_template", "constrain", "dtype", "micro_batch_tokens", "quantize", "revision"}
-OF_SERVER = {"dry_run", "max_cost", "price_in", "price_out", "max_tokens", "reasoning_effort", "extra",
-             "cache_from", "concurrency", "timeout_s", "max_retries"}  # without a meaning for the others
 
 
 def not_negative(text):
@@ -1072,14 +1084,16 @@ def parse_args(argv=None):
     unset = object()  # what stands on the command line is given, even if it is the default
     all_given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: value for name, value in all_given.items() if value is not unset}
+    kind = "run"
     if args.run is None:
-        if args.method is None or method_of(args).family != "query":
+        if args.method is None or METHODS[args.method].family != "query":
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")
         args.model = args.model or "mistral"
-    elsewhere = OF_RUN | OF_SERVER if args.run is None else OF_SERVER | {"api_base", "chat_template"}
-    if args.run is None and prompts.is_api_model(args.model, args.api_base):
-        elsewhere, args.max_length = OF_RUN | OF_LOCAL, given.get("max_length")
-    if idle := sorted(elsewhere & given.keys()):
+        kind = "query" if prompts.is_api_model(args.model, args.api_base) else "local query"
+    if kind == "query":
+        args.max_length = given.get("max_length")
+    idle = set().union(*(flags for what, flags in MEANT_FOR.items() if what not in HAS[kind]))
+    if idle := sorted(idle & given.keys()):
         parser.error(f"--{', --'.join(idle)}: without a meaning here; leave out")
     return args, given
 

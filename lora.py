@@ -206,7 +206,9 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
         move(last := copy.deepcopy(model.get_submodule(key)), device)
         last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         model.set_submodule(key, last)
-    return sorted(targets)
+    model.lora = {"r": r, "target_modules": sorted(targets), "lora_alpha": lora_alpha,
+                  "lora_dropout": lora_dropout}
+    return model.lora["target_modules"]
 
 
 def recompute_layers(model):
@@ -887,17 +889,14 @@ def digest_of(tensors, text=""):
     return digest.hexdigest()
 
 
-def save_adapter(model, directory, base_model, r, lora_alpha, lora_dropout, target_modules, family,
-                 revision=None):
+def save_adapter(model, directory, base_model, family, revision=None):
     """Writes adapter_model.safetensors and adapter_config.json, as PeftModel.from_pretrained reads them."""
     base = hub_id(base_model)
     lm_task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if family == "cls" else lm_task, "inference_mode": True,
-        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base, "r": r,
-        "revision": revision,
-        "target_modules": sorted(target_modules),
-        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": "none",
+        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
+        "revision": revision, **model.lora, "bias": "none",
         "modules_to_save": list(model.last_layer) if model.last_layer_trains else None,
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}

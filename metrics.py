@@ -312,9 +312,9 @@ def evaluate(rows, label_names, thresholds=None, unseen_users=()):
 
 # ---- Finished runs ----
 
-NOT_RECIPE = {"seed", "out", "adapter", "data_dir", "note", "micro_batch_tokens", "api_base", "dry_run",
-              "max_cost", "price_in", "price_out", "concurrency", "timeout_s", "max_retries", "cache_from",
-              "follow"}
+HOW = {"out", "micro_batch_tokens", "max_cost", "price_in", "price_out", "concurrency", "timeout_s",
+       "max_retries", "api_base", "cache_from"}  # change no result of the same model, but for rounding
+NOT_RECIPE = HOW | {"seed", "adapter", "data_dir", "note", "dry_run", "follow"}
 
 
 def run_record(directory):

@@ -634,8 +634,7 @@ def run(args, processes):
 
     def save_best():
         if first:
-            lora.save_adapter(model, args.out, args.model, args.lora_r, args.lora_alpha, args.lora_dropout,
-                              targets, method.family, args.commit or args.revision)
+            lora.save_adapter(model, args.out, args.model, method.family, args.commit or args.revision)
 
     torch.manual_seed(args.seed + 1 + processes.rank)  # dropout differs between processes
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -645,8 +644,7 @@ def run(args, processes):
         infer.amend_record(args.out, steps=state["step"], best_step=state["best_step"])
     from_all(None)  # the adapter is on disk
     lora.load_adapter(model, args.out)
-    result = infer.evaluate(args, model, tokenizer, splits, encoded, report["unseen_users"],
-                            processes=processes)
+    result = infer.evaluate(args, model, tokenizer, splits, encoded, processes=processes)
     if first:
         say(infer.format_metrics(result))
         shutil.rmtree(args.out / "checkpoint")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from test_lora import assert_close, targets_of
+from test_lora import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import data
@@ -86,8 +86,7 @@ def made(tmp_path_factory):
             directory = tmp_path_factory.mktemp("family")
             plain.save_pretrained(directory)
             model = with_lora(directory, "lm")
-            targets = targets_of(model)
-            lora.save_adapter(model, directory / "adapter", "x", 2, 4, 0.0, targets, "lm")
+            lora.save_adapter(model, directory / "adapter", "x", "lm")
             base = auto.from_pretrained(directory, dtype=torch.float32)
             twin = peft.PeftModel.from_pretrained(base, directory / "adapter", is_trainable=True)
             done[family] = directory, model, twin.eval()

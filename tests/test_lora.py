@@ -362,16 +362,12 @@ def test_a_target_that_matches_nothing_is_refused(checkpoint_of):
         lora.add_lora(model, target_modules=["score"])
 
 
-def peft_twin(model, directory, name, family, tmp_path, targets, **options):
+def peft_twin(model, directory, name, family, tmp_path, **options):
     """peft's model on transformers' model, filled with our adapter through the files."""
-    lora.save_adapter(model, tmp_path, directory, 4, 8, 0.0, targets, family)
+    lora.save_adapter(model, tmp_path, directory, family)
     auto = AutoModelForSequenceClassification if family == "cls" else auto_lm(name)
     base = reference(directory, auto, **({"num_labels": N_LABELS} if family == "cls" else {}))
     return peft.PeftModel.from_pretrained(base, tmp_path, **options)
-
-
-def targets_of(model):
-    return sorted({key.split(".")[-1] for key, m in model.named_modules() if isinstance(m, lora.LoRALinear)})
 
 
 def class_logits(model, name, ids, lengths):
@@ -387,7 +383,7 @@ def test_forward_gradients_and_20_adamw_steps_equal_pefts(checkpoint_of, tmp_pat
     ids = ids.where(ids != 1, 1).where(torch.arange(ids.shape[1]) < lengths[:, None], 5)
     target = (torch.arange(len(ids) * N_LABELS).view(-1, N_LABELS) % 2).float()
     model = ours(directory)
-    twin = peft_twin(model, directory, name, "cls", tmp_path, targets_of(model), is_trainable=True)
+    twin = peft_twin(model, directory, name, "cls", tmp_path, is_trainable=True)
     model.eval(), twin.eval()
     own = {key: p for key, p in model.named_parameters() if p.requires_grad}
     theirs = {key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
@@ -756,7 +752,7 @@ def test_our_adapter_loads_in_peft_and_theirs_in_ours(checkpoint_of, tmp_path, n
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    twin = peft_twin(model, directory, name, family, tmp_path, targets_of(model)).eval()
+    twin = peft_twin(model, directory, name, family, tmp_path).eval()
 
     def logits(network, is_peft):
         if family == "lm":
@@ -792,7 +788,7 @@ def test_an_adapter_file_holds_exactly_these_keys(checkpoint_of, tmp_path, name,
                    for part, n in (("encoder", 1), ("decoder", 2)) for leaf in ("wi_0", "wi_1", "wo")]
         linear = [("transformer." if family == "cls" else "") + key for key in linear]
     model = ours(checkpoint_of(name), family)
-    lora.save_adapter(model, tmp_path, "flan-t5", 4, 8, 0.0, targets_of(model), family)
+    lora.save_adapter(model, tmp_path, "flan-t5", family)
     expected = {f"base_model.model.{key}.lora_{side}.weight" for key in linear for side in "AB"}
     expected |= {f"base_model.model.{key}" for key in head}
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == expected
@@ -811,7 +807,7 @@ def test_an_adapter_file_holds_exactly_these_keys(checkpoint_of, tmp_path, name,
     ("none", FileNotFoundError, "train first")])
 def test_a_damaged_adapter_gives_one_error_and_changes_nothing(checkpoint_of, tmp_path, what, error, words):
     model = ours(checkpoint_of("llama"))
-    lora.save_adapter(model, tmp_path, "x", 4, 8, 0.0, ["q_proj"], "cls")
+    lora.save_adapter(model, tmp_path, "x", "cls")
     path, score = tmp_path / "adapter_model.safetensors", "base_model.model.score.weight"
     tensors = {key: tensor + 1 for key, tensor in load_file(path).items()}
     if what == "missing":

@@ -195,6 +195,19 @@ def test_labels_in_the_input_give_metrics_and_the_papers_threshold_is_a_flag(run
     expected = f1_score(gold, found, average="macro", zero_division=0)
     assert f"f1_macro {expected:.4f}" in said and "12 annotations of 4 texts by 3 users" in said
     assert "unseen in training, so only a guess: users eve\n" in said
+    table = [line.split() for line in said[said.index("12 annotations"):].splitlines()[1:]]
+    assert table[0] == ["users", "all", "seen", "unseen"] and {len(row) for row in table[1:]} == {4}
+    by_seen = [f1_score(gold[own], found[own], average="macro", zero_division=0)
+               for own in (np.arange(12) % 3 < 2, np.arange(12) % 3 == 2)]
+    assert table[1][2:] == [f"{value:.4f}" for value in by_seen]
+
+
+def test_a_user_whose_id_is_all_is_not_taken_for_all_users(runs, tmp_path, capsys):
+    run = shutil.copytree(runs["clsp"], tmp_path / "run")
+    (run / "metrics_test.json").unlink()
+    infer.amend_record(run, users={"all": ["18-24"], "ann": ["18-24"]})
+    assert "a user of train has this ID" in one_line(capsys, "--run", run, "--text", "x", "--users", "all")
+    assert infer.main(["--run", str(run), "--text", "x", "--users", "all", "ann"]) == 0
 
 
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(runs, tmp_path, monkeypatch):
@@ -231,6 +244,9 @@ def test_mistakes_with_files_are_one_line_and_replace_nothing(runs, tmp_path, ca
     (tmp_path / "textless.csv").write_text("body,worker,age\nx,ann,18-24\n")
     (tmp_path / "nobody.csv").write_text("comment\nx\n")
     (tmp_path / "ageless.csv").write_text("comment,worker\nx,eve\n")
+    (tmp_path / "half.csv").write_text("comment,worker,age,rude\nx,ann,18-24,1\n")
+    predict(runs["clsp"], tmp_path, tmp_path / "half.csv", name="half.out.csv")
+    assert "half.csv has no column funny, so its rude are not read" in capsys.readouterr().out
     for name, words in (("empty", "no text below the header"), ("textless", "no column ['text']"),
                         ("nobody", "who labels the texts?"), ("ageless", "user eve did not train"),
                         ("missing", "missing.csv")):
