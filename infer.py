@@ -896,20 +896,17 @@ def write_rows(path, rows, as_json, last_columns=()):
         writer.writerows(itertools.chain([first], rows))
 
 
-def predict_texts(args, run, device):
-    """`--text` or `--input`: how users would label texts. Returns metrics if the input has labels, too."""
-    method, (task, known, thresholds) = method_of(run), knowledge(args.run, args.threshold)
-    if args.output and args.output.exists() and not args.force:
-        raise ValueError(f"--output {args.output} exists: give another name, or --force to replace it")
-    asked, has_gold = read_asked(args, run, task)
-    if args.users == ["all"] and "all" in known:
+def choose_users(given, method, asked, known):
+    """Returns (the users of each text, None for those of the file; who of them did not train, which is said).
+
+    Raises: ValueError if nobody labels a text, or nothing is known of somebody.
+    """
+    if given == ["all"] and "all" in known:
         raise ValueError("--users all: a user of train has this ID; name the users, or give a file of them")
-    users, together = (sorted(known), len(known)) if args.users == ["all"] else (args.users, 0)
-    asks_who = method.user_id or method.context
+    users, asks_who = sorted(known) if given == ["all"] else given, method.user_id or method.context
     if users is None and None in asked.users and asks_who:
         raise ValueError("who labels the texts? Give --users ID ... or all, or a file with a column of users")
     strangers = sorted({*(users or asked.users)} - {*known, None})
-    asked.profiles |= known
     if method.context and (lack := [user for user in strangers if user not in asked.profiles]):
         raise ValueError(f"user {lack[0]} did not train: give an --input with their columns "
                          f"{', '.join(method.context)}")
@@ -917,6 +914,18 @@ def predict_texts(args, run, device):
         words = ", ".join(strangers[:3])
         print("unseen in training, so only a guess: "
               + (f"users {words}" if len(strangers) < 4 else f"{len(strangers)} users, such as {words}"))
+    return users, strangers
+
+
+def predict_texts(args, run, device):
+    """`--text` or `--input`: how users would label texts. Returns metrics if the input has labels, too."""
+    method, (task, known, thresholds) = method_of(run), knowledge(args.run, args.threshold)
+    if args.output and args.output.exists() and not args.force:
+        raise ValueError(f"--output {args.output} exists: give another name, or --force to replace it")
+    asked, has_gold = read_asked(args, run, task)
+    asked.profiles |= known
+    users, strangers = choose_users(args.users, method, asked, known)
+    together = len(known) if args.users == ["all"] else 0
     tokenizer, model = load_tokenizer(run), load_trained(run, len(thresholds), device)
     files = metrics.run_record(args.run), Path(args.run, "adapter_model.safetensors")
     key, gold, started = str([*map(data.git_blob_id, files), run.constrain]), [], time.perf_counter()
