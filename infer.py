@@ -788,10 +788,8 @@ def read_asked(args, run, task):
 
     Columns are found by --columns, else by the names of the run's own file, else by those of a role.
     """
-    if args.text is not None:
+    if args.input is None:
         zero, labels = np.zeros(1, np.int32), np.zeros((1, len(task.label_names)), bool)
-        if not args.text.strip():
-            raise ValueError("give --text with a text, and --users, the IDs of who labels it")
         return data.Annotations(["1"], [args.text], [None], zero, zero, labels, task.label_names), False
     path, own = args.input, read_record(args.run)["data"].get("columns", {})
     header = {name.strip() for name in next(data.read_rows(path, None, {*own.values(), "text"}), (0, ()))[1]}
@@ -959,7 +957,8 @@ def use_run(args, given, device):
     run = load_run(args.run, given)
     if not given.keys() & MEANT_FOR["texts"]:
         return evaluate_run(args, run, device)
-    if (args.text is None) == (args.input is None) or (args.input is None) != (args.output is None):
+    no_text = args.text is None or not args.text.strip()
+    if no_text == (args.input is None) or (args.input is None) != (args.output is None):
         raise ValueError("give --text with a text, and --users, the IDs of who labels it; or --input with "
                          "--output")
     return predict_texts(args, run, device)
