@@ -24,6 +24,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import sys
 import textwrap
 import time
@@ -335,8 +336,9 @@ def check_header(path, header, columns):
         if doubled := sorted({name for name in names if names.count(name) > 1 and not UNNAMED.match(name)}):
             raise ValueError(f"{path}: {where} {doubled} twice; rename or remove one")
     if missing := [name for name in columns if name not in header]:
-        raise ValueError(f"{path}: no column {missing} in the header {header}; tell which it is, as "
-                         "--columns user_id=worker (columns are separated by comma, semicolon, tab or |)")
+        raise ValueError(f"{path}: no column {missing} in the header {header} (separated by comma, "
+                         "semicolon, tab or |); --columns user_id=worker says which it is, --labels and "
+                         "--context name columns that are there")
 
 
 def check_labels(path, label_names):
@@ -984,12 +986,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text, user_id = next(splits["train"].fields())
+    (text, user_id), train = next(splits["train"].fields()), splits["train"]
+    method = METHODS["clsp"]._replace(context=tuple(args.context or ()))
+    prompt = build_prompt(task, method, text, user_id, context=train.profiles.get(user_id, ()))
     print(format_report(report), "", *describe(splits), "", sep="\n")
-    print(f"The first CLS-P prompt:\n\n{''.join(build_prompt(task, METHODS['clsp'], text, user_id))}\n\n"
-          f"and its labels: {build_response(splits['train'].label_set(0))}")
+    print(f"The first CLS-P prompt:\n\n{''.join(prompt)}\n\n"
+          f"and its labels: {build_response(train.label_set(0))}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly in front of `| head`
     sys.exit(main())

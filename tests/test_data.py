@@ -1245,3 +1245,18 @@ def test_every_tag_stands_once_in_the_code_and_is_named_in_a_test():
     assert sorted(tags) == [f"[choice.{row}]" for row in ("D1", "D2", "D3", "D4", "D5", "P1", "T2")]
     assert {*tags} <= {*re.findall(r"\[choice\.\w+\]", Path(__file__).read_text())}
     assert set(TASKS) == set(data.CORPORA)
+
+
+def test_the_report_shows_the_prompt_with_the_context_of_its_user(tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    path.write_text("user_id,text,age,rude\n" + "".join(f"u,text {k},35-39,{k % 2}\n" for k in range(10)))
+    assert data.main([str(path), "--labels", "rude", "--context", "age"]) == 0
+    assert "### User ID:\nu\nage: 35-39\n\n" in capsys.readouterr().out
+
+
+def test_the_report_ends_quietly_when_its_reader_does(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("user_id,text,rude\n" + "".join(f"u,{k},{k % 2}\n" for k in range(10)))
+    script = str(Path(data.__file__))
+    done = subprocess.run(f"{sys.executable} {script} {path} | head -c 1", shell=True, capture_output=True)
+    assert done.stdout == b"s" and done.stderr == b""
