@@ -146,7 +146,9 @@ def build_response(label_names):
 SEPARATORS = re.compile(r"[,;|\n\r\u2022\u2028\u2029]")
 NUMBERING = re.compile(r"(?<!\S)\(?\d{1,3}[.)](?=\s)")  # this and the next, only inside what is no label
 WEAK_SEPARATORS = re.compile(r"(?<!\S)(?:and|or)(?!\S)|[&/+]|[.!?](?=\s)", re.IGNORECASE)
-LEAD_IN = re.compile(r"^\W*(?:the )?(?:chosen )?(?:emotion|label|response|answer)s?\s*:", re.IGNORECASE)
+LEAD_IN = re.compile(
+    r"^\W*(?:the )?(?:chosen |(?:most )?(?:fitting|appropriate|suitable) )?"
+    r"(?:emotion|label|response|answer)s?(?: (?:is|are))?\s*:", re.IGNORECASE)
 PROMPT_LINE = re.compile(  # `###` within a line, too: T5 writes no line ends
     r"^[ \t]*(?:##|categorize the following|knowing that for the given)|(?<=\s)###", re.I | re.M)
 RESPONSE_HEADING = re.compile(r"### ?(?:response|answer):?", re.IGNORECASE)

@@ -296,6 +296,19 @@ def test_answers_are_understood_by_whole_labels_only(response, labels, not_under
 
 
 @pytest.mark.parametrize("response, answer", [
+    ("The most fitting labels are: joy", (["joy"], [])),
+    ("The most appropriate label is: Joy.", (["joy"], [])),
+    ("**The most suitable emotions are:** joy, anger", (["anger", "joy"], [])),
+    ("The most fitting labels are:\n- joy\n- anger", (["anger", "joy"], [])),
+    ("most appropriate emotions are : joy and anger", (["anger", "joy"], [])),
+    ("The chosen labels are: none", ([], [])), ("The emotion is: joy", (["joy"], [])),
+    ("The most fitting labels are joy", ([], ["The most fitting labels are joy"])),  # prose
+    ("The most fitting label is not: joy", ([], ["The most fitting label is not: joy"]))])
+def test_the_lead_in_of_a_chatty_answer_is_understood_and_prose_is_not(response, answer):
+    assert parse_response(response, EMOTIONS) == answer
+
+
+@pytest.mark.parametrize("response, answer", [
     ("none", ([], [])), ("\nNone.", ([], [])), ("- **NONE**", ([], [])), ("Labels: none", ([], [])),
     ("none, joy", (["joy"], [])), ("none of these", ([], ["none of these"])),
     ("nonesuch", ([], ["nonesuch"]))])
@@ -473,6 +486,7 @@ def test_any_response_gives_sorted_label_names_and_the_rest(response, released):
         "x!",
         "emotion ",
         "### Response:",
+        "the most fitting labels are ",
     ],
 )
 def test_a_response_of_a_megabyte_is_parsed_in_linear_time(unit):
