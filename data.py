@@ -675,11 +675,11 @@ def format_report(report):
         return " / ".join(f"{n:,}" for n in numbers)
 
     lines = [f"{'stage':<27}{'annotations':>26}{'texts':>24}{'users':>7}"
-             + (f"{'paper: annotations':>30}{'users':>7}" if corpus else "")]
+             + (f"{'paper: annotations':>30}{'users':>7}" if paper else "")]
     for stage in report["stages"]:
         line = f"{stage['stage']:<27}{cells(stage['rows']):>26}{cells(stage['texts']):>24}"
         line += f"{stage['users']:>7,}"
-        if corpus:
+        if paper:
             rows, users = paper[stage["stage"]]
             line += f"{cells(rows):>30}{users or '':>7}"
         lines.append(line)
