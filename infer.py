@@ -1093,6 +1093,8 @@ def parse_args(argv=None):
     all_given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     given = {name: value for name, value in all_given.items() if value is not unset}
     kind = "run"
+    if len(dict(args.extra or ())) < len(args.extra or ()):
+        parser.error("--extra: a parameter is given twice; leave one out")
     if args.run is None:
         if args.method is None or METHODS[args.method].family != "query":
             parser.error("give --run DIR of a training run, or --method q0s, q1s or q2s to query a model")

@@ -1,22 +1,19 @@
 """The words, and who answers them: label lists, templates, one prompt, one response, its parsing, a server.
 
 Source: "Personalized Large Language Models" (arXiv 2402.09269), section VI-C and appendix A.
-A prompt is an instruction followed by sections, each a `### Heading:` line, its content and an empty line.
 User text is inserted as it is, never through `str.format`: it may hold braces, `###`, newlines, any Unicode.
 
     python prompts.py goemotions clsp                         prints one prompt
     python prompts.py mine lmp --labels funny rude            the neutral template, for any label set
 
-Client asks a model of a server; local models are asked by infer.py. Does not tokenize (data.py).
+Does not tokenize (data.py), and asks no local model (infer.py).
 """
 
 import argparse
-import email.utils
 import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -72,30 +69,25 @@ TASKS = {
         tuple("admiration amusement anger annoyance approval caring confusion curiosity desire "
               "disappointment disapproval disgust embarrassment excitement fear gratitude grief joy love "
               "nervousness neutral optimism pride realization relief remorse sadness surprise".split()),
-        item="emotion",
-        hint="Emotions can be subtle or overt, so analyze the text carefully to make an accurate "
-        "classification.",
-        few_shot_item="emotion",
-    ),
+        "emotion",
+        "Emotions can be subtle or overt, so analyze the text carefully to make an accurate classification.",
+        "emotion"),
     "unhealthy": Task(
         tuple("antagonize condescending dismissive generalisation generalisation_unfair healthy hostile "
               "sarcastic".split()),  # the released names, not those of section VI-A: [choice.D6]
-        item="label",
-        hint="Labels represent different types of communication styles or tones, where each category denotes "
+        "label",
+        "Labels represent different types of communication styles or tones, where each category denotes "
         "a specific attitude or approach that someone might exhibit when communicating with others. "
         "Analyze text carefully to make an accurate categorization.",
-        few_shot_item="emotion",  # the appendix's slip, kept word for word: [choice.P3]
-    ),
+        "emotion"),  # the appendix's slip, kept word for word: [choice.P3]
 }
-
-
 NONE = "none"  # the word for an annotation without any label
 
 
 def neutral_task(label_names, none=False):
     """The task of any other label set: the paper's request, without words that belong to one corpus."""
     hint = "Analyze the text carefully to make an accurate classification."
-    return Task(tuple(sorted(label_names)), item="label", hint=hint, few_shot_item="label", none=none)
+    return Task(tuple(sorted(label_names)), "label", hint, "label", none)
 
 
 # ---- One prompt and one response (appendix A) ----
@@ -109,11 +101,9 @@ REQUESTS = (  # by the number of examples
 
 
 def build_prompt(task, method, text, user_id=None, examples=(), context=()):
-    """Returns (before, text, after): their concatenation is the prompt, and only `text` may be shortened.
+    """Returns (before, text, after): together they are the prompt, and only `text` may be shortened.
 
-    Source: appendix A.
-    Shapes: examples, the method's K pairs (text, label names) of the user's own annotations; context, the
-    user's values of method.context.
+    Shapes: examples, K pairs (text, label names) of the user; context, the values of method.context.
     """
     of_user = [str(user_id)] * method.user_id  # the ID on its own line: [choice.P5]
     of_user += [f"{name}: {value}" for name, value in zip(method.context, context, strict=True)]
@@ -154,27 +144,18 @@ PROMPT_LINE = re.compile(  # `###` within a line, too: T5 writes no line ends
 RESPONSE_HEADING = re.compile(r"### ?(?:response|answer):?", re.IGNORECASE)
 
 
-def is_word(character):
-    """Whether it is of a letter or digit: vowel signs are, a variation selector behind an emoji is not."""
-    is_sign = unicodedata.category(character) in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f"
-    return character.isalnum() or is_sign
-
-
 def label_key(piece):
-    """A label's name or a piece of a response, as they are compared.
-
-    From the first letter or digit to the last one, case-folded, with `_`, `-` and spaces as one space.
-    """
+    """A label's name or a piece of a response as they are compared: folded, from a letter to a letter."""
     folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", piece).casefold())
-    plain = re.sub(r"[\s_\-\u2010-\u2015]+", " ", folded)
-    return plain.strip("".join(character for character in {*plain} if not is_word(character)))
+    plain = re.sub(r"[\s_\-\u2010-\u2015\ufe00-\ufe0f]+", " ", folded)  # the last: selectors behind an emoji
+    return plain.strip("".join(character for character in {*plain} if not character.isalnum()
+                               and unicodedata.category(character) not in ("Mn", "Mc")))
 
 
 def parse_response(response, label_names, released=False):
     """Returns (label names in sorted order, the pieces that were not understood).
 
-    A piece counts only if all of it is a label's name [choice.E2], or "none"; `released` matches as the
-    released parser does, which splits at commas and removes no punctuation.
+    A piece counts only if all of it is a label's name [choice.E2], or "none". released: split at commas only.
     """
     if released:
         pieces = [piece for piece in map(str.strip, response.split(",")) if piece]
@@ -184,29 +165,19 @@ def parse_response(response, label_names, released=False):
     def name_of(piece):
         return names.get(label_key(piece)) or names.get(label_key(LEAD_IN.sub("", piece)))
 
-    pieces = [_answer(response)]
-    for separators in (SEPARATORS, NUMBERING):
-        parts = [part for piece in pieces for part in separators.split(piece) if label_key(part)]
-        found.update(filter(None, map(name_of, parts)))
-        pieces = [part for part in parts if not name_of(part)]
+    if PROMPT_LINE.match(response.lstrip()):  # a model may repeat the prompt first, or go on with another one
+        response = (RESPONSE_HEADING.split(response, maxsplit=1) + [""])[1]
     not_understood = []
-    for piece in (LEAD_IN.sub("", piece).strip() for piece in pieces):
-        parts = [name_of(part) for part in WEAK_SEPARATORS.split(piece) if label_key(part)]
-        if parts and None not in parts:  # a sentence that has a label between "and" and a full stop is none
-            found.update(parts)
-        elif label_key(piece):
-            not_understood.append(piece)
+    for piece in SEPARATORS.split(PROMPT_LINE.split(response, maxsplit=1)[0]):
+        for part in [piece] if name_of(piece) else NUMBERING.split(piece):
+            rest = LEAD_IN.sub("", part).strip()
+            words = [part] if name_of(part) else WEAK_SEPARATORS.split(rest)
+            named = [name_of(word) for word in words if label_key(word)]
+            if named and None not in named:  # a label between "and" and a full stop of a sentence is none
+                found.update(named)
+            elif label_key(rest):
+                not_understood.append(rest)
     return sorted(found & {*label_names}), not_understood
-
-
-def _answer(response):
-    """The part of a response that answers: a model may repeat the prompt first, or go on with another one."""
-    end = PROMPT_LINE.search(response)
-    if end and not response[: end.start()].strip():
-        repeated = RESPONSE_HEADING.search(response)
-        response = response[repeated.end():] if repeated else ""
-        end = PROMPT_LINE.search(response)
-    return response[: end.start()] if end else response
 
 
 # ---- Asking a server: any OpenAI-compatible POST {api_base}/chat/completions ----
@@ -223,20 +194,18 @@ RENAMED = {"max_tokens": "max_completion_tokens"}  # a parameter that is refused
 BYTES_PER_TOKEN = 4  # of an estimate: 4.2 to 5.0 by GPT-4's tokenizer (cl100k) on the paper's prompts
 CHAT_TOKENS = 8  # what the chat format adds to one message: 7 at OpenAI
 BACKOFF_S, BACKOFF_CAP_S, RETRY_AFTER_CAP_S = 1.0, 60.0, 120.0
-STOP_AFTER_FAILURES = 20  # requests in a row that failed in spite of their retries
+STOP_AFTER_FAILURES = 20  # prompts in a row that failed in spite of their retries, or were forbidden
 STOP_AFTER_USELESS = 5  # first prompts that are all refused, or whose answers are all empty or cut
+STREAM = re.compile(r"\s*(?:data|event|id|retry)?:")
+TOO_LONG = re.compile(r"context.?length|too (?:large|long|many)", re.I)  # so it is not about a parameter
 ANSWER_BYTES = 2**20  # a longer answer is none
 REFUSED = (400, 403, 413, 422)  # one prompt: for what it says, or for its length
-TOKENS = ("prompt_tokens", "completion_tokens")
-PAGE, STREAM = re.compile(r"\s*<(?:!doctype|html)", re.I), re.compile(r"\s*(?:data|event|id|retry)?:")
-TOO_LONG = re.compile(r"context.?length|too (?:large|long|many)", re.I)  # so it is not about a parameter
-MARKS = re.compile(  # of thoughts, and of the channels of gpt-oss (harmony)
-    r"(<\|(?:channel|message|start|end|return|call|constrain)\|>"
-    r"|</?(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning)>|\[/?THINK\]|◁/?think▷)", re.I)
-
-
-class ServerError(ValueError):
-    """What no retry mends: the run stops, and what was received is kept."""
+FINAL = re.compile(  # the begin of the last channel of gpt-oss (harmony), with and without special tokens
+    r"<\|channel\|>\s*final[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>|\Aanalysis.*assistantfinal", re.S)
+CHANNEL = re.compile(r"<\|(?:channel|message|start|end|return|call)\|>")
+BEGIN, END = (rf"<{slash}(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning)>|\[{slash}THINK\]|◁{slash}think▷"
+              for slash in ("", "/"))
+THOUGHT, THOUGHT_END = re.compile(f"(?:{BEGIN}).*?(?:{END}|\\Z)", re.I | re.S), re.compile(END, re.I)
 
 
 def is_api_model(model, api_base=None):
@@ -244,13 +213,14 @@ def is_api_model(model, api_base=None):
     return api_base is not None or model.startswith("gpt-") and not Path(model).is_dir()
 
 
-def _dict(value):
-    return value if isinstance(value, dict) else {}
-
-
-def _count(where, name):
-    value = _dict(where).get(name)
-    return value if type(value) is int and 0 <= value < 10**9 else None
+def at(value, *path):
+    """What a JSON value has at a path of names and indices, or None."""
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError):
+            return None
+    return value
 
 
 def one_line(text):
@@ -260,167 +230,124 @@ def one_line(text):
 
 def answer_of(content):
     """What of a message's content, text or a list of parts, answers: no thoughts, and the final channel."""
-    parts = [part.get("text") if isinstance(part, dict) else part
+    parts = [part if isinstance(part, str) else at(part, "text")
              for part in (content if isinstance(content, list) else [content])
-             if str(_dict(part).get("type", "text")).endswith("text")]
-    text = "".join(part for part in parts if isinstance(part, str))
-    if text.startswith("analysis") and "assistantfinal" in text:  # channels without their special tokens
-        return text.rpartition("assistantfinal")[2]
-    answer, *marked = MARKS.split(text)
-    channel, thinks = "", False
-    for mark, behind in zip(marked[::2], marked[1::2], strict=True):
-        if mark == "<|channel|>":
-            channel = behind.strip()
-        elif mark == "<|message|>":
-            answer = behind if channel.startswith("final") else answer
-        elif "/" in mark:  # thoughts that nothing began were begun by the chat template
-            answer, thinks = (answer if thinks else "") + behind, False
-        else:
-            thinks = not mark.startswith("<|")
-    return answer
+             if str(at(part, "type") or "text").endswith("text")]
+    text = FINAL.split("".join(part for part in parts if isinstance(part, str)))[-1]
+    text = THOUGHT.sub("", CHANNEL.split(text)[0])
+    return THOUGHT_END.split(text)[-1]  # thoughts that nothing began were begun by the chat template
 
 
 def read_answer(answer, http_status=200):
     """Returns the record of a JSON object that may hold anything; it has a response if answered."""
-    choices, usage, model = answer.get("choices"), answer.get("usage"), answer.get("model")
-    choice = _dict(choices[0]) if isinstance(choices, list) and choices else {}
-    message, finish = _dict(choice.get("message")), choice.get("finish_reason")
-    error = choice.get("error") or answer.get("error") or finish == "error" and "an error in the answer"
+    choice, usage = at(answer, "choices", 0), at(answer, "usage")
+    finish, refusal = at(choice, "finish_reason"), at(choice, "message", "refusal")
+    error = at(choice, "error") or at(answer, "error") or finish == "error" and "an error in the answer"
     if http_status != 200:
-        error = error or answer.get("detail") or answer  # as FastAPI and vLLM say it
-    filtered = "content_filter" in (finish, _dict(error).get("code"))
-    refusal = message.get("refusal") or ("content_filter" if filtered else None)
-    words, response = _dict(error).get("message") or error or refusal, answer_of(message.get("content"))
+        error = error or at(answer, "detail") or answer  # as FastAPI and vLLM say it
+    if "content_filter" in (finish, at(error, "code")):
+        refusal = refusal or "content_filter"
+    response = answer_of(at(choice, "message", "content"))
     status = ("refused" if refusal or http_status in REFUSED else "failed" if error
               else "answered" if response.strip() else "empty")
-    tokens = {name: _count(usage, name) for name in TOKENS}
-    if None in tokens.values():
-        tokens = dict.fromkeys(TOKENS)
-    elif total := _count(usage, "total_tokens"):  # some servers count thoughts only there
-        tokens["completion_tokens"] = max(tokens["completion_tokens"], total - tokens["prompt_tokens"])
-    thoughts = message.get("reasoning_content") or message.get("reasoning") or (
-        message.get("content") if response != message.get("content") else None)
-    return {"status": status, "response": response if status == "answered" else None, "thoughts": thoughts,
-            "truncated": finish == "length", "error": one_line(words) if words else None,
-            "model": model if isinstance(model, str) else None, **tokens,
-            "reasoning_tokens": _count(_dict(usage).get("completion_tokens_details"), "reasoning_tokens")}
+    n_in, n_out, total = (at(usage, f"{name}_tokens") for name in ("prompt", "completion", "total"))
+    known = all(type(n) is int and 0 <= n < 10**9 for n in (n_in, n_out))
+    if known and type(total) is int and total < 10**9:  # some servers count thoughts only there
+        n_out = max(n_out, total - n_in)
+    answered, words = status == "answered", at(error, "message") or error or refusal or ""
+    return {"status": status, "response": response if answered else None, "error": one_line(words),
+            "truncated": finish == "length", "useful": answered and finish != "length",
+            "model": one_line(at(answer, "model") or ""), "tokens": (n_in, n_out) if known else None}
 
 
 def join_stream(text):
     """The chat completion that an event stream brings in pieces."""
-    answer, message, finish = {}, {}, None
-    for line in text.split("\n"):
-        name, _, value = line.partition(":")
-        if name.strip() != "data" or value.strip() in ("", "[DONE]"):
-            continue
-        chunk = json.loads(value)
-        for choice in [chunk, *(chunk.get("choices") or ())[:1]]:
-            answer |= {key: choice[key] for key in ("model", "usage", "error") if choice.get(key)}
-            finish = choice.get("finish_reason") or finish
-            for key, piece in (choice.get("delta") or {}).items():
-                message |= {key: message.get(key, "") + piece} if isinstance(piece, str) else {}
-    error = {} if finish or "error" in answer else {"error": "an event stream that ends before the answer"}
-    return answer | error | {"choices": [{"message": message, "finish_reason": finish}]}
+    answer, choice, message = {}, {}, {}
+    for chunk in map(json.loads, re.findall(r"^data:[ \t]*(\{.*)", text, re.MULTILINE)):
+        answer |= {name: value for name, value in chunk.items() if value}
+        choice |= {name: value for name, value in (at(chunk, "choices", 0) or {}).items() if value}
+        for name, piece in choice.pop("delta", {}).items():
+            message |= {name: message.get(name, "") + piece} if isinstance(piece, str) else {}
+    if not choice.get("finish_reason"):
+        answer = {"error": "an event stream that ends before the answer"} | answer
+    return answer | {"choices": [choice | {"message": message}]}
 
 
-def retry_after_s(value):
-    """Seconds of a Retry-After header, a number or an HTTP date: 0 if there is none, and with a cap."""
-    try:
-        seconds = (float(value) if value[:1].isdigit()
-                   else email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), RETRY_AFTER_CAP_S)
-
-
-def estimate(bodies, bytes_per_token):
-    """Tokens of requests; 1 byte per token gives an upper bound: a byte-level token is at least a byte."""
-    sizes = [len(body["messages"][0]["content"].encode("utf-8", "surrogatepass")) for body in bodies]
-    return {"prompt_tokens": sum(math.ceil(size / bytes_per_token) + CHAT_TOKENS for size in sizes),
-            "completion_tokens": sum(body["max_tokens"] for body in bodies)}
+def estimate(line, bytes_per_token=1):
+    """Tokens (in, out) of a line's request: an upper bound, since a byte-level token is at least a byte."""
+    size = len(line["request"]["messages"][0]["content"].encode("utf-8", "surrogatepass"))
+    return -(-size // bytes_per_token) + CHAT_TOKENS, line["request"]["max_tokens"]
 
 
 class Client:
-    """One model of a server, the file of its answers and what they cost; only one header shows the key.
-
-    args: the flags of a query (infer.py). Raises: ValueError, FileNotFoundError for what cannot be asked.
-    """
+    """One model of a server, the file of its answers and what they cost. args: the flags of a query."""
 
     def __init__(self, args, cache):
-        self.args, self.cache, self.key = args, Path(cache), os.environ.get("OPENAI_API_KEY", "").strip()
+        self.args, self.cache, key = args, Path(cache), os.environ.get("OPENAI_API_KEY", "").strip()
         self.api_base = (args.api_base or OPENAI_BASE).rstrip("/")
         parts = urllib.parse.urlsplit(self.api_base)
         if parts.scheme not in ("http", "https") or not parts.hostname or set("@?#") & set(self.api_base):
             raise ValueError("--api_base: give http(s)://HOST/PATH, no user, password, query or fragment")
         self.host, is_openai = parts.netloc, f".{parts.hostname}".endswith(".openai.com")
-        own, listed = (args.price_in, args.price_out), PRICES.get(args.model) if is_openai else None
-        self.prices = listed if own == (None, None) else own
-        if self.prices and None in self.prices or not self.prices and args.max_cost is not None:
-            raise ValueError(f"the price of {args.model} at {self.api_base} is not known: "
-                             "give --price_in and --price_out")
-        if not all("!" <= character <= "~" and character not in '"\\' for character in self.key):
+        own = [price for price in (args.price_in, args.price_out) if price is not None]
+        self.prices = own or (is_openai and PRICES.get(args.model)) or []
+        if len(self.prices) == 1 or not self.prices and args.max_cost is not None:
+            raise ValueError(f"the price of {args.model} is not known: give --price_in and --price_out")
+        if re.search(r'[^!-~]|["\\]', key):
             raise ValueError("OPENAI_API_KEY holds a space, a line break or a character that no key has")
-        self.caches = [Path(one, "answers.jsonl") for one in args.cache_from or ()] + [self.cache]
-        if lost := [str(path) for path in self.caches[:-1] if not path.is_file()]:
-            raise FileNotFoundError(f"--cache_from: no {', '.join(lost)}; give the --out of another query")
-        if is_openai and not self.key and not args.dry_run and not self.cache.exists():
+        if is_openai and not key and not args.dry_run and not self.cache.exists():
             raise ValueError(f"OPENAI_API_KEY is not set, or empty: {self.api_base} wants a key in it")
-        self.dialect, self.records, self.usage = {}, {}, {}  # parameter -> its name here, None if left out
-        self.spent = self.reserved = 0.0
-        self.reached = self.settled = self.useful = False  # by any reply, an answer, one of use
-        self.failures = self.in_a_row = 0
-        self.changed, self.stop = threading.Condition(), threading.Event()
-        self.timeouts, self.session = (10, args.timeout_s), requests.Session()
-        self.session.mount(self.api_base, requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency))
-        self.session.auth = lambda request: request  # without it, ~/.netrc would replace the key
-        self.session.headers.update({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        self.others = [Path(directory, "answers.jsonl") for directory in args.cache_from or ()]
+        if lost := [str(path) for path in self.others if not path.is_file()]:
+            raise FileNotFoundError(f"--cache_from: no {', '.join(lost)}; give the --out of another query")
+        self.usage = {"requests": 0, "retries": 0, "failed": 0}
+        self.dialect, self.records = {}, {}  # parameter -> its name here, None if left out; prompt hash ->
+        self.reached = self.settled = self.proof = None  # by a reply, an answer; a line of use
+        self.spent, self.under_way, self.useless, self.in_a_row, self.common = 0.0, 0, 0, 0, None
+        self.stop, self.changed = threading.Event(), threading.Condition()
+        self.headers, self.timeouts = {"Authorization": f"Bearer {key}"} if key else {}, (10, args.timeout_s)
+        self.adapter = requests.adapters.HTTPAdapter(pool_maxsize=args.concurrency)
+        self.settings = requests.Session().merge_environment_settings(self.api_base, {}, True, None, None)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it prints the headers that it cannot read
-        self.secret = re.compile(  # as it is, or in the escapes of JSON in JSON
-            "".join(rf"(?:{re.escape(c)}|\\+u00{ord(c):02x})" for c in self.key), re.IGNORECASE)
-
-    def redact(self, text):
-        """Text without the key, escaped or not; a local server's placeholder ("EMPTY") is no secret."""
-        return self.secret.sub("[key]", text) if len(self.key) >= 8 else text
+        secret = "".join(rf"(?:{re.escape(c)}|\\+u00{ord(c):02x})" for c in key)  # or in JSON in JSON
+        self.secret = re.compile(secret if len(key) >= 8 else "(?!)", re.I)  # a short "EMPTY" is no secret
 
     def post(self, body):
-        """Returns (HTTP status or 0, answer, Retry-After in seconds). Raises: ServerError: no retry helps."""
-        content, ends = b"", time.monotonic() + sum(self.timeouts)
-        try:
-            with self.session.post(f"{self.api_base}/chat/completions", json=body, timeout=self.timeouts,
-                                   allow_redirects=False, stream=True) as reply:
+        """Returns (HTTP status or 0, answer, seconds to wait). Raises: ValueError if no retry helps."""
+        status, headers, content, ends = 0, {}, b"", time.monotonic() + sum(self.timeouts)
+        try:  # no session: it would read the environment for each request, and take a key from ~/.netrc
+            sent = requests.Request("POST", f"{self.api_base}/chat/completions", self.headers, json=body)
+            with self.adapter.send(sent.prepare(), timeout=self.timeouts, **self.settings) as reply:
+                status, headers = reply.status_code, reply.headers
                 for part in reply.iter_content(256):  # small: a slow server fills each part before we see it
                     content += part
                     if len(content) > ANSWER_BYTES or time.monotonic() > ends:
-                        content = (f"an answer of more than {ANSWER_BYTES} bytes, or one that took more than "
-                                   f"{sum(self.timeouts)} s").encode()
-                        break
-            status, headers, text = reply.status_code, reply.headers, content.decode(errors="replace")
+                        raise requests.Timeout(f"after {ANSWER_BYTES} bytes or {sum(self.timeouts)} s no end")
+            text = content.decode(errors="replace")
         except requests.RequestException as broken:
-            status, headers, text = 0, {}, f"{type(broken).__name__}: {broken}"
+            text = f"{type(broken).__name__}: {broken}"
         try:  # through JSON and back, so that no escape hides a key
             answer = join_stream(text) if STREAM.match(text) else json.loads(text)
-            answer = json.loads(self.redact(json.dumps(answer, allow_nan=False)))
-            record = read_answer(answer, status)
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):  # no JSON object
-            record = read_answer(answer := {"error": self.redact(text) or "nothing"}, status)
-        words = self.redact(one_line(headers.get("Location") or record["error"]))
-        error = f"{self.host}: HTTP {status or '(no answer)'}: {words}"
-        page = bool(PAGE.match(text)) and status < 500 and not self.reached
-        spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
+            answer = {} | json.loads(self.secret.sub("[key]", json.dumps(answer, allow_nan=False)))
+        except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON object
+            answer = {"error": self.secret.sub("[key]", text) or "nothing"}
+        record = read_answer(answer, status)
+        page = not self.reached and status < 500 and re.match(r"\s*<(?:!doctype|html)", text, re.I)
         self.reached = self.reached or status > 0
         if status == 200 and record["status"] != "failed" or status in REFUSED and not page:
             return status, answer, 0.0
+        words = one_line(self.secret.sub("[key]", headers.get("Location") or record["error"]))
+        words = f"{self.host}: HTTP {status or '(no answer)'}: {words}"
+        spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
         if page or spent or status < 500 and status not in (0, 200, 408, 409, 429):
-            raise ServerError(error + page * "; a web page: does --api_base lack a /v1 at its end?")
-        return status, {"error": error}, retry_after_s(headers.get("Retry-After"))
+            raise ValueError(words + bool(page) * "; a web page: does --api_base lack a /v1 at its end?")
+        asked = re.fullmatch(r"\d+(?:\.\d+)?", headers.get("Retry-After", ""))
+        return status, {"error": words}, min(float(asked[0]), RETRY_AFTER_CAP_S) if asked else 0.0
 
     def read_cache(self, path, todo):
-        """Takes the answers to todo {key: line} from a cache; returns whether its last line is whole.
-
-        What they cost counts if the file is this run's. Refusals alone are no answers.
-        """
-        raw, damaged, refused, bases = b"\n", 0, set(), set()
-        with open(path, "rb") as lines:
+        """Takes the answers to todo {key: line} from a file; what they cost counts if it is this run's."""
+        raw, damaged, lost, bases = b"\n", 0, set(), set()
+        with path.open("rb") as lines:
             for raw in lines:
                 try:
                     line = json.loads(raw)
@@ -429,85 +356,72 @@ class Client:
                     if line["key"] in todo:
                         asked, status = todo[line["key"]], line["http_status"]
                         record, prompt_hash = read_answer(line["answer"], status), asked["prompt_hash"]
-                        self.spent += self.cost(status, record, asked["request"]) * (path == self.cache)
-                        if line["status"] != "failed":
+                        self.spent += self.cost(status, record, asked) * (path == self.cache)
+                        if status == 403 and at(self.records, prompt_hash, "status") == "answered":
+                            lost.add(record["error"])  # see judge
+                        elif line["status"] != "failed":
                             self.records[prompt_hash] = record
                             bases.add(line["api_base"])
                             self.dialect = line["dialect"] if line["api_base"] == self.api_base else {}
-                            refused |= {prompt_hash} if status != 200 else set()
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     damaged += 1  # or torn by a kill: it answers nothing
+        if path == self.cache and not raw.endswith(b"\n"):
+            self.file.write(b"\n")
         if damaged:
             print(f"{path}: {damaged} damaged lines ignored, what they answered is asked again")
         if bases - {self.api_base}:
             print(f"{path}: the same model's answers at {', '.join(sorted(bases))} are used")
-        if refused == self.records.keys():
-            self.records.clear()
-        return raw.endswith(b"\n")
+        alone = {record["status"] for record in self.records.values()} == {"refused"}
+        self.records = {prompt_hash: record for prompt_hash, record in self.records.items()
+                        if record["status"] != "refused" or not alone and record["error"] not in lost}
 
     def usd(self, tokens):
-        prices = self.prices or (0.0, 0.0)
-        return sum(price * (tokens[name] or 0) / 1e6 for price, name in zip(prices, TOKENS, strict=True))
+        return sum(price * n / 1e6 for price, n in zip(self.prices, tokens))
 
-    def cost(self, status, record, body):
+    def cost(self, status, record, line):
         """US dollars of an attempt: the most that it can have been, where the server does not say."""
-        perhaps_charged = record["prompt_tokens"] is None and status in (0, 200)
-        return self.usd(estimate([body], bytes_per_token=1) if perhaps_charged else record)
+        return self.usd(record["tokens"] or (estimate(line) if status in (0, 200) else ()))
 
-    def reserve(self, body):
-        """Sets aside what an attempt may cost at most, and returns it; waits for those that may cost less."""
-        worst, limit = self.usd(estimate([body], bytes_per_token=1)), self.args.max_cost
-        with self.changed:
-            while limit is not None and self.spent + self.reserved + worst > limit:
-                if not self.reserved or self.stop.is_set():
-                    raise ServerError(f"--max_cost {limit}: {self.spent:.4f} USD spent; up to {worst:.4f}")
-                self.changed.wait(0.1)
-            self.reserved += worst
-        return worst
-
-    def adapt(self, status, record, answer, sent):
+    def adapt(self, status, answer, words, sent):
         """Whether the server refuses a parameter by name: it is renamed or left out from now on, and said."""
-        words, names = record["error"] or "", sent.keys() - {"model", "messages"}
+        names = [word for word in re.findall(r"\w+", f"{at(answer, 'error', 'param')} {words}")
+                 if word in sent and word not in ("model", "messages")]
         if self.settled or status not in (400, 422) or not names or TOO_LONG.search(words):
             return False
-        named = re.search(rf"\b({'|'.join(map(re.escape, names))})\b", words)
-        param = _dict(answer.get("error")).get("param")
-        name = next((one for one in names if one == param), named and named[1])
-        if name and name not in self.dialect:  # else another request under way has found it
-            if name in RENAMED.values() and self.args.max_cost is not None:
-                raise ServerError(f"{self.host}: {words}; so --max_cost cannot hold: leave it out")
-            self.dialect[name] = other = RENAMED.get(name)
-            print(f"{self.host}: {words}; so {name} is {f'sent as {other}' if other else 'left out'}")
-        return name is not None
+        name = next((ours for ours, other in self.dialect.items() if other == names[0]), names[0])
+        if self.dialect.get(name, name) == names[0]:  # else another request under way has found it
+            if name != names[0] and self.args.max_cost is not None:
+                raise ValueError(f"{self.host}: {words}; so --max_cost cannot hold: leave it out")
+            self.dialect[name] = other = RENAMED.get(names[0])
+            print(f"{self.host}: {words}; so {names[0]} is {f'sent as {other}' if other else 'left out'}")
+        return True
 
-    def stop_if_useless(self):
-        """Raises: ServerError if the first prompts are all refused, or their answers all empty or cut."""
-        known = [] if self.useful else [one for one in self.records.values() if one["status"] != "failed"]
-        self.useful |= any(one["status"] == "answered" and not one["truncated"] for one in known)
-        if known and not self.useful and len(known) >= min(STOP_AFTER_USELESS, self.usage["prompts"]):
-            refused = known[-1]["status"] == "refused"
-            raise ServerError(f"{self.host}: of the first {len(known)} prompts " + (
-                f"all are refused: {known[-1]['error']}" if refused else "every answer is empty or cut: give "
-                "--reasoning_effort none or a larger --max_tokens, and another --out"))
+    def reserve(self, worst):
+        """Sets aside what a request may cost, or waits for those under way, that may have cost less."""
+        limit = self.args.max_cost
+        while limit is not None and self.spent + worst > limit:
+            if not self.under_way or self.stop.is_set():
+                raise ValueError(f"--max_cost {limit}: {self.spent:.4f} USD spent; up to {worst:.4f}")
+            self.changed.wait(0.1)
+        self.spent, self.under_way = self.spent + worst, self.under_way + 1
 
     def work(self, line):
-        """Asks for a prompt until it is answered, refused or given up; each attempt is a line of the file."""
-        number, wait_s, retries = 1, 0.0, self.args.max_retries
+        """Asks until a prompt is answered, refused or given up; returns (line, HTTP status, record)."""
+        number, wait_s, worst = 1, 0.0, self.usd(estimate(line))
         while not self.stop.wait(wait_s):
-            worst, sent, dialect = self.reserve(line["request"]), dict(line["request"]), dict(self.dialect)
-            for name, other in dialect.items():
-                value = sent.pop(name)
-                sent |= {other: value} if other else {}
+            with self.changed:
+                self.reserve(worst)
+            sent = {self.dialect.get(name, name): value for name, value in line["request"].items()}
+            sent.pop(None, None)  # what is left out
             status, answer, wait_s = self.post(sent)
             record, now = read_answer(answer, status), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             with self.changed:
                 self.changed.notify_all()
-                self.reserved -= worst
-                self.spent += self.cost(status, record, line["request"])
-                adapted = self.adapt(status, record, answer, sent)
-                failed = adapted or record["status"] == "failed"
-                record["status"] = "failed" if failed else record["status"]
-                written = line | {"request": sent, "dialect": dialect, "attempt": number, "time": now,
+                self.under_way -= 1
+                self.spent += self.cost(status, record, line) - worst
+                adapted = self.adapt(status, answer, record["error"], sent)
+                record["status"] = "failed" if adapted else record["status"]
+                written = line | {"request": sent, "dialect": self.dialect, "attempt": number, "time": now,
                                   "status": record["status"], "http_status": status, "answer": answer}
                 written["crc32"] = zlib.crc32(json.dumps(written).encode())
                 raw = json.dumps(written).encode() + b"\n"
@@ -516,37 +430,47 @@ class Client:
                 self.records[line["prompt_hash"]] = record
                 self.usage["requests"] += 1
                 self.usage["retries"] += number > 1
-                self.settled = self.settled or status == 200 and not failed
-                if adapted:
-                    continue
-                if not failed or number > (retries if self.reached else min(2, retries)):
-                    return self.judge(record, failed)
+                self.settled = self.settled or status == 200 and record["status"] != "failed"
+            if not adapted:
+                retries = self.args.max_retries if self.reached else min(2, self.args.max_retries)
+                if record["status"] != "failed" or number > retries:
+                    return line, status, record
                 jitter_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (number - 1)))
                 number, wait_s = number + 1, max(wait_s, jitter_s)
 
-    def judge(self, record, failed):
-        """Raises: ServerError if after this prompt there is no point in asking for another one."""
-        self.failures, self.in_a_row = self.failures + failed, self.in_a_row + 1 if failed else 0
+    def judge(self, line, status, record):
+        """Raises: ValueError if after this prompt there is no point in asking for another one."""
+        failed, words = record["status"] == "failed", record["error"]
+        common = failed or status == 403 and words  # to it and those before it
+        self.in_a_row = self.in_a_row * (common == self.common) + bool(common)
+        self.common, self.usage["failed"] = common, self.usage["failed"] + failed
+        self.proof = line if record["useful"] else self.proof
+        self.useless += not (failed or self.proof)
         if failed and (not self.reached or self.in_a_row == STOP_AFTER_FAILURES):
             problem = f"{self.in_a_row} requests in a row failed" if self.reached else "cannot reach"
-            raise ServerError(f"{problem}: {record['error']}")
-        self.stop_if_useless()
+            raise ValueError(f"{problem}: {words}")
+        if self.in_a_row == STOP_AFTER_FAILURES and self.proof and self.work(self.proof)[1] == 403:
+            raise ValueError(f"{self.host} refuses what it answered before: HTTP 403: {words}")
+        if not self.proof and self.useless >= min(STOP_AFTER_USELESS, self.usage["prompts"]):
+            raise ValueError(f"{self.host}: of the first {self.useless} prompts " + (
+                f"all are refused: {words}" if record["status"] == "refused" else
+                "every answer is empty or cut: give --reasoning_effort none or a larger --max_tokens"))
 
-    def send(self, todo):
-        """Asks for the lines of todo: one at a time until an answer is of use, then `concurrency`."""
-        done = self.usage["cached"]
-        bar = tqdm(total=self.usage["prompts"], initial=done, desc=self.host, unit="prompt")
+    def send(self, known, left):
+        """Asks for the lines left: one at a time until an answer is of use, then `concurrency`."""
+        usage, bar = self.usage, tqdm(total=len(known + left), initial=len(known), desc=self.host)
         with futures.ThreadPoolExecutor(self.args.concurrency) as pool, bar:
             try:
-                self.stop_if_useless()
-                while todo:
-                    n = len(todo) if self.useful or self.failures else 1
-                    for one in futures.as_completed([pool.submit(self.work, line) for line in todo[:n]]):
-                        one.result()
+                for line in sorted(known, key=lambda line: not self.records[line["prompt_hash"]]["useful"]):
+                    self.judge(line, 200, self.records[line["prompt_hash"]])
+                while left:
+                    n = len(left) if self.proof or usage["failed"] else 1
+                    for one in futures.as_completed([pool.submit(self.work, line) for line in left[:n]]):
+                        self.judge(*one.result())
                         usd = self.spent if self.prices else "?"
-                        bar.set_postfix(cached=done, failed=self.failures, USD=usd)
+                        bar.set_postfix(cached=len(known), failed=usage["failed"], USD=usd, refresh=False)
                         bar.update()
-                    todo = todo[n:]
+                    left = left[n:]
             except KeyboardInterrupt:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is under way is awaited; a second ends
                 raise
@@ -561,7 +485,7 @@ class Client:
         Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Raises: ValueError (the
         user's or server's no), OSError (the file); what was received is kept either way.
         """
-        args, records, todo = self.args, self.records, {}
+        args, todo = self.args, {}
         more = {"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {}
         for prompt_hash, prompt in prompts.items():
             body = {"model": args.model, "messages": [{"role": "user", "content": prompt}],
@@ -571,35 +495,34 @@ class Client:
         with open(os.devnull if args.dry_run else self.cache, "ab", buffering=0) as self.file:
             if not args.dry_run:
                 fcntl.flock(self.file, fcntl.LOCK_EX)  # a second process waits here for the end of the first
-            for path in self.caches:
-                if path.exists() and not self.read_cache(path, todo) and path == self.cache:
-                    self.file.write(b"\n")  # behind a line that a kill has torn
-            left = [line for line in todo.values() if line["prompt_hash"] not in records]
-            self.usage |= {"prompts": len(prompts), "cached": len(records), "requests": 0, "retries": 0}
+            for path in filter(Path.exists, [*self.others, self.cache]):
+                self.read_cache(path, todo)
+            known = [line for line in todo.values() if line["prompt_hash"] in self.records]
+            left = [line for line in todo.values() if line["prompt_hash"] not in self.records]
+            self.usage |= {"prompts": len(prompts), "cached": len(self.records)}
             try:
-                self.print_estimate(left) if args.dry_run else self.send(left)
-            except (ServerError, OSError, KeyboardInterrupt) as stop:
-                n_kept = sum(record["status"] != "failed" for record in records.values())
+                self.print_estimate(left) if args.dry_run else self.send(known, left)
+            except (ValueError, OSError, KeyboardInterrupt) as stop:
+                n_kept = sum(record["status"] != "failed" for record in self.records.values())
                 raise type(stop)(f"{str(stop) or 'interrupted'}; {n_kept} of {len(prompts)} answers are kept "
                                  f"in {self.cache}, the same command goes on from there") from None
-        counts = {name: sum(one[name] or 0 for one in records.values())
-                  for name in (*TOKENS, "reasoning_tokens", "truncated")}
-        states = [record["status"] for record in records.values()]
-        counts |= {state: states.count(state) for state in ("answered", "refused", "empty", "failed")}
-        known = self.prices and all(record["status"] == "refused" or record["prompt_tokens"] is not None
-                                    for record in records.values())
-        models = sorted({record["model"] for record in records.values() if record["model"]})
-        return records, self.usage | counts | {
-            "cost_usd": self.usd(counts) if known else None, "models": models}
+        records = self.records.values()
+        n_in, n_out = (sum(one["tokens"][k] for one in records if one["tokens"]) for k in (0, 1))
+        known = self.prices and all(one["tokens"] or one["status"] == "refused" for one in records)
+        states = {state: sum(one["status"] == state for one in records)
+                  for state in ("answered", "refused", "empty", "failed")}
+        return self.records, self.usage | states | {
+            "truncated": sum(one["truncated"] for one in records), "prompt_tokens": n_in,
+            "completion_tokens": n_out, "cost_usd": self.usd((n_in, n_out)) if known else None,
+            "models": sorted({one["model"] for one in records} - {""})}
 
     def print_estimate(self, left):
         """Says what the lines would cost."""
-        tokens = estimate([line["request"] for line in left], BYTES_PER_TOKEN)
+        tokens = [sum(estimate(line, BYTES_PER_TOKEN)[k] for line in left) for k in (0, 1)]
         cost = f"{self.usd(tokens):.2f} USD" if self.prices else "cost unknown without --price_in"
         print(f"dry run: {self.usage['prompts']} distinct requests to {self.args.model}, {len(self.records)} "
-              f"cached, {len(left)} to send; estimated: {tokens['prompt_tokens']} prompt tokens "
-              f"({BYTES_PER_TOKEN} bytes each), at most {tokens['completion_tokens']} completion tokens, "
-              + cost)
+              f"cached, {len(left)} to send; estimated: {tokens[0]} prompt tokens ({BYTES_PER_TOKEN} bytes "
+              f"each), at most {tokens[1]} completion tokens, {cost}")
         if self.args.reasoning_effort != "none":
             print("thoughts come on top and cost as much as an answer's tokens: --reasoning_effort none")
 

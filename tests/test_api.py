@@ -1,7 +1,6 @@
 """The API client of prompts.py against a server on 127.0.0.1 that plays every fault."""
 
 import contextlib
-import email.utils
 import gzip
 import http.server
 import json
@@ -184,9 +183,8 @@ def test_a_line_of_the_file_holds_request_answer_status_time_and_dated_model(ser
         "messages": [{"role": "user", "content": "prompt 0"}]}
     assert line["time"].endswith("Z") and line["api_base"] == server.base and len(line["key"]) == 64
     assert records == {
-        "hash0": {"status": "answered", "response": "joy, love", "model": "tiny-2026-01-01", "error": None,
-        "thoughts": None, "truncated": False, "prompt_tokens": 100, "completion_tokens": 10,
-        "reasoning_tokens": None}}
+        "hash0": {"status": "answered", "response": "joy, love", "model": "tiny-2026-01-01", "error": "",
+        "truncated": False, "useful": True, "tokens": (100, 10)}}
     assert usage["models"] == ["tiny-2026-01-01"] and usage["cost_usd"] is None
 
 
@@ -298,13 +296,13 @@ class Event(threading.Event):
         return self.is_set()
 
 
-def test_retry_after_is_read_as_seconds_or_as_a_date():
-    assert script.retry_after_s("7") == 7 and script.retry_after_s("0.5") == 0.5
-    assert 25 < script.retry_after_s(email.utils.formatdate(time.time() + 30, usegmt=True)) <= 30
-    assert script.retry_after_s(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
-    assert script.retry_after_s("1" + "0" * 400) == script.retry_after_s("86400") == 120
-    for nonsense in (None, "", "soon", "-5", "nan", "inf", "1,5", "Wed, 99 Foo 99999999999 00:00:00 GMT"):
-        assert script.retry_after_s(nonsense) == 0
+@pytest.mark.parametrize("value, waits", [
+    ("7", 7), ("0.5", 0.5), ("86400", 120), ("1" + "0" * 400, 120), ("", 0), ("soon", 0), ("-5", 0),
+    ("nan", 0), ("inf", 0), ("1,5", 0), ("Wed, 21 Oct 2026 07:28:00 GMT", 0)])
+def test_retry_after_is_read_as_seconds(serve, value, waits):
+    server = serve(lambda prompt, n: (429, {"Retry-After": value}, b""))
+    client = client_of("tiny", "requests.jsonl", server.base)
+    assert client.post({"messages": [{"content": "x"}]})[2] == waits
 
 
 # ---- What stops a run ----
@@ -343,8 +341,8 @@ def test_an_unreachable_host_is_named_after_three_attempts_of_the_first_requests
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(
-            ValueError, match=rf"^cannot reach: {host}:{port}: .*ConnectionError: .*0 of 5000 answers"):
+    with pytest.raises(ValueError, match=rf"^cannot reach: {host}:{port}: .*"
+                       "ConnectionError: .*0 of 5000 answers"):
         query(prompts(5000), "tiny", cache, api_base=f"http://{host}:{port}/v1")
     assert time.monotonic() - started < 60
     assert {(line["status"], line["attempt"] <= 3) for line in lines(cache)} == {("failed", True)}
@@ -426,7 +424,7 @@ def test_the_price_table_is_openais_and_for_exact_names_only(cache, capsys):
     assert "0.60 USD" in capsys.readouterr().out  # 1,000,000 tokens in for 0.10, as many out for 0.50
     query({"h": "x"}, "gpt-6-luna-2", cache, dry_run=True, reasoning_effort="none")
     assert "unknown without --price_in" in (said := capsys.readouterr().out) and "thoughts" not in said
-    with pytest.raises(ValueError, match="the price of gpt-6-luna at http://127.0.0.1:9 is not known"):
+    with pytest.raises(ValueError, match="the price of gpt-6-luna is not known: give"):
         query({"h": "x"}, "gpt-6-luna", cache, api_base="http://127.0.0.1:9", max_cost=1)
     assert not {"gpt-3.5-turbo", "gpt-4"} & script.PRICES.keys()  # shut down
 
@@ -669,7 +667,7 @@ def test_an_answer_that_is_huge_is_cut_and_asked_again(serve, cache):
     body = gzip.compress(json.dumps(reply("x" * 30_000_000)).encode())
     server = serve(lambda prompt, n: (200, {"Content-Encoding": "gzip"}, body))
     records, _ = ask(server, cache, n=1, max_retries=1)
-    assert records["hash0"]["status"] == "failed" and "more than 1048576 bytes" in records["hash0"]["error"]
+    assert records["hash0"]["status"] == "failed" and "after 1048576 bytes" in records["hash0"]["error"]
     assert len(server.seen) == 2 and cache.stat().st_size < 10_000
 
 
@@ -690,7 +688,7 @@ def test_an_answer_that_drips_ends_with_the_time_out():
     client = client_of("tiny", "requests.jsonl", f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
     client.timeouts = 0.1, 0.4
     status, answer, _ = client.post({})
-    assert status == 200 and "one that took more than 0.5 s" in answer["error"]
+    assert status == 200 and "or 0.5 s no end" in answer["error"]
 
 
 def mutated_reply(generator):
@@ -780,7 +778,7 @@ def test_refused_parameters_are_found_by_the_first_request_said_and_kept_for_the
     assert names_sent(server) == [["max_tokens", "temperature"], ["max_completion_tokens", "temperature"],
                                   *[["max_completion_tokens"]] * 20]
     assert json.loads(server.bodies[-1][1])["max_completion_tokens"] == 2000  # as given
-    assert (usage["answered"], usage["retries"], usage["reasoning_tokens"]) == (20, 0, 20 * 256)
+    assert (usage["answered"], usage["retries"]) == (20, 0)
     assert usage["completion_tokens"] == 20 * 260
     assert lines(cache)[-1]["dialect"] == {"max_tokens": "max_completion_tokens", "temperature": None}
     assert [line["status"] for line in lines(cache)] == ["failed"] * 2 + ["answered"] * 20
@@ -855,10 +853,9 @@ THOUGHTS = "I could say love, or anger."
     f"analysis{THOUGHTS}assistantfinaljoy",
     [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]}, {"type": "text", "text": "joy"}],
     [{"type": "reasoning", "text": THOUGHTS}, {"type": "output_text", "text": "joy"}]])
-def test_thoughts_and_channels_are_no_answer_and_are_kept(content):
+def test_thoughts_and_channels_are_no_answer(content):
     record = script.read_answer(reply(content))
     assert record["response"].strip() == "joy" and record["status"] == "answered"
-    assert record["thoughts"] == content
 
 
 @pytest.mark.parametrize("content", [
@@ -866,7 +863,6 @@ def test_thoughts_and_channels_are_no_answer_and_are_kept(content):
 def test_thoughts_without_an_answer_are_an_empty_answer(content):
     record = script.read_answer(reply(content, "length", reasoning_content="hm"))
     assert (record["status"], record["response"], record["truncated"]) == ("empty", None, True)
-    assert record["thoughts"] == "hm"
 
 
 def test_marks_of_thoughts_are_read_in_linear_time():
@@ -910,7 +906,8 @@ def test_an_event_stream_is_read(serve, cache, line_end):
         delta(role="assistant", content=None), delta(reasoning_content="h\u2028m"), delta(content="jo"),
         delta(content="y"), delta("stop"), usage, line_end=line_end))
     records, usage = ask(server, cache, n=4)
-    assert records["hash3"]["response"] == "joy" and records["hash3"]["thoughts"] == "h\u2028m"
+    assert records["hash3"]["response"] == "joy"
+    assert lines(cache)[-1]["answer"]["choices"][0]["message"]["reasoning_content"] == "h\u2028m"
     assert usage["answered"] == 4 and usage["prompt_tokens"] == 20 and usage["models"] == ["tiny-1"]
 
 
@@ -955,6 +952,30 @@ def test_a_server_that_refuses_all_first_prompts_stops_and_they_are_asked_again(
     assert ask(server, cache, n=100)[1]["answered"] == 100
 
 
+FORBIDDEN = 403, {}, {"error": {"message": "You have no permission", "code": "invalid_api_key"}}
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_key_that_is_revoked_in_the_middle_stops_the_run_and_what_it_was_refused_is_asked_again(
+        serve, cache, concurrency):
+    server = serve(lambda prompt, n: reply() if len(server.seen) <= 50 else FORBIDDEN)
+    with pytest.raises(ValueError, match="refuses what it answered before: HTTP 403: You have no permission"):
+        ask(server, cache, n=1000, concurrency=concurrency)
+    with pytest.raises(ValueError, match="refuses what it answered before"):  # still revoked
+        ask(server, cache, n=1000, concurrency=concurrency)
+    assert len(server.seen) < 50 + 2 * 60
+    server.play = lambda prompt, n: reply()
+    usage = ask(server, cache, n=1000, concurrency=concurrency)[1]
+    assert (usage["answered"], usage["refused"], usage["cached"]) == (1000, 0, 50)
+
+
+def test_moderation_of_many_prompts_in_a_row_in_the_same_words_goes_on(serve, cache):
+    server = serve(lambda prompt, n: FORBIDDEN if 10 <= int(prompt.split()[1]) < 60 else reply())
+    for cached in (0, 90):
+        usage = ask(server, cache, n=90)[1]
+        assert (usage["answered"], usage["refused"], usage["cached"]) == (40, 50, cached)
+
+
 def test_a_context_that_is_too_long_is_no_refused_parameter(serve, cache):
     words = "'max_tokens' is too large: 64. This model's maximum context length is 32 tokens"
     server = serve(lambda prompt, n: (400, {}, {"error": {"message": words, "param": "max_tokens"}})
@@ -969,7 +990,7 @@ def test_a_context_that_is_too_long_is_no_refused_parameter(serve, cache):
     ({"prompt_tokens": 9, "completion_tokens": 104, "total_tokens": 113}, 104),
     ({"prompt_tokens": 9, "completion_tokens": 104, "total_tokens": None}, 104)])
 def test_thoughts_are_counted_as_output(usage, completion):
-    assert script.read_answer(reply() | {"usage": usage})["completion_tokens"] == completion
+    assert script.read_answer(reply() | {"usage": usage})["tokens"] == (9, completion)
 
 
 def test_the_cache_belongs_to_model_prompt_and_parameters_and_not_to_a_port(serve, cache, tmp_path, capsys):

@@ -161,7 +161,8 @@ def error_of(capsys):
 @pytest.mark.parametrize("more, words", [
     (["--extra", "messages=[]"], "messages"), (["--extra", "seed"], "is not KEY=VALUE"),
     (["--extra", "stream=true"], "stream"), (["--extra", "temperature=1"], "temperature"),
-    (["--extra", "model=x"], "model"), (["--reasoning_effort", "huge"], "invalid choice: 'huge'"),
+    (["--extra", "model=x"], "model"), (["--extra", "seed=1", "seed=2"], "is given twice"),
+    (["--reasoning_effort", "huge"], "invalid choice: 'huge'"),
     (["--chat_template"], "without a meaning here"), (["--max_tokens", "0"], "is not a whole number above")])
 def test_flags_that_no_server_is_asked_with_are_one_line(
         tiny_dir, tmp_path, serve, capsys, more, words):  # noqa: F811
