@@ -13,6 +13,7 @@ Does not build a prompt's words (prompts.py) and does not put anything on a devi
 """
 
 import argparse
+import bisect
 import codecs
 import csv
 import fcntl
@@ -23,7 +24,6 @@ import math
 import os
 import random
 import re
-import shlex
 import signal
 import sys
 import textwrap
@@ -34,7 +34,6 @@ from array import array
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +47,13 @@ SPLITS = ("train", "val", "test")
 STAGES = ("raw", "non-empty", "on the split's texts", "users in all splits", "after min_share",
           "after max_share", "users in all splits again")
 csv.field_size_limit(2**31 - 1)  # a text may be long
+codecs.register_error("as NUL", lambda error: ("\0", error.end))  # type: ignore[attr-defined]
 
 
 class Corpus(NamedTuple):
     """Where a corpus lies and how its files name things."""
 
-    columns: tuple[str, str, str]  # of text_id, user_id, text
+    columns: dict[str, str]  # role -> column
     annotation_files: str  # a glob
     split_files: dict[str, str]  # split -> file that lists its texts
     files: dict[str, tuple[str, str]]  # file -> (address of its folder, git blob id)
@@ -65,7 +65,7 @@ RESEARCH = "https://raw.githubusercontent.com/google-research/google-research/ma
 UNHEALTHY = "https://raw.githubusercontent.com/conversationai/unhealthy-conversations/main/"
 CORPORA = {
     "goemotions": Corpus(
-        columns=("id", "rater_id", "text"),
+        columns={"text_id": "id", "user_id": "rater_id", "text": "text"},
         annotation_files="goemotions_*.csv",
         split_files={"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"},
         files={
@@ -81,7 +81,7 @@ CORPORA = {
                       ((146659, 18199, 18244), None), ((146574, 18160, 18233), 72)],
     ),
     "unhealthy": Corpus(
-        columns=("_unit_id", "_worker_id", "comment"),
+        columns={"text_id": "_unit_id", "user_id": "_worker_id", "text": "comment"},
         annotation_files="unhealthy_full.csv",
         split_files={"train": "train.csv", "val": "val.csv", "test": "test.csv"},
         files={
@@ -151,26 +151,22 @@ def git_blob_id(path):
     return digest.hexdigest()
 
 
-def fetch(url, part, timeout_s):
-    """Writes url to the file `part`, or its rest behind what is there; returns whether it wrote the whole."""
-    have = part.stat().st_size if part.exists() else 0
+def fetch(url, part, have, timeout_s):
+    """Writes url to the file `part`, or its rest behind the `have` bytes that are there."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=timeout_s, allow_redirects=False) as answer:
         if answer.status_code == 416 and have:  # nothing lies behind what is there
-            return False
+            return
         if answer.status_code not in (200, 206):
             target = answer.headers.get("Location")
             words = f" with a redirect to {target}, and redirects are not followed" if target else ""
             raise requests.HTTPError(f"the server answered {answer.status_code}{words}", response=answer)
         resumed = answer.status_code == 206
-        start, length = have if resumed else 0, answer.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdecimal() else None
+        total = have * resumed + int(answer.headers.get("Content-Length", 0)) or None
         with part.open("ab" if resumed else "wb") as file, tqdm(
-                desc=part.stem, initial=start, total=total, unit="B", unit_scale=True) as bar:
+                desc=part.stem, initial=have * resumed, total=total, unit="B", unit_scale=True) as bar:
             for chunk in answer.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    return not resumed
+                bar.update(file.write(chunk))
 
 
 def download(url, blob_id, path, attempts=5, timeout_s=30, wait_s=1.0):
@@ -180,8 +176,9 @@ def download(url, blob_id, path, attempts=5, timeout_s=30, wait_s=1.0):
     """
     part = path.with_name(path.name + ".part")
     for attempt in range(1, attempts + 1):
+        have = part.stat().st_size if part.exists() else 0
         try:
-            whole = fetch(url, part, timeout_s)
+            fetch(url, part, have, timeout_s)
         except requests.RequestException as error:
             status = error.response.status_code if error.response is not None else 500
             if attempt == attempts or status < 500 and status not in (408, 429):
@@ -191,14 +188,13 @@ def download(url, blob_id, path, attempts=5, timeout_s=30, wait_s=1.0):
             continue
         except OSError as error:  # a full disk
             raise OSError(f"cannot write {part}: {error}") from None
-        found = git_blob_id(part)
-        if found == blob_id:
+        if (found := git_blob_id(part)) == blob_id:
             with part.open("rb") as file:
                 os.fsync(file.fileno())  # else a power cut may leave a hole under the final name
             part.replace(path)
             return
         part.unlink()  # what was resumed may have been the rest of something else: once more, from the start
-        if whole or attempt == attempts:
+        if not have or attempt == attempts:
             raise ValueError(f"{url} has blob id {found}, not {blob_id}: it is not the file of the paper; "
                              f"try again, or put your own file at {path}")
 
@@ -208,11 +204,12 @@ def find_files(corpus, data_dir):
 
     Files that are there are used as they are. Beside own (unofficial) annotation files none is downloaded.
     """
-    def is_official(path):
-        return path.name in corpus.files and git_blob_id(path) == corpus.files[path.name][1]
+    def check(path):
+        blob_id = git_blob_id(path)
+        return {"blob_id": blob_id, "official": corpus.files.get(path.name, ("", ""))[1] == blob_id}
 
     data_dir = Path(data_dir)
-    own = not all(map(is_official, data_dir.glob(corpus.annotation_files)))
+    own = not all(check(path)["official"] for path in data_dir.glob(corpus.annotation_files))
     wanted = corpus.split_files.values() if own else corpus.files
     if missing := [name for name in wanted if not (data_dir / name).exists()]:
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -225,27 +222,26 @@ def find_files(corpus, data_dir):
     annotation_files = sorted(data_dir.glob(corpus.annotation_files))
     split_files = {split: data_dir / name for split, name in corpus.split_files.items()}
     return annotation_files, split_files, {
-        path.name: {"blob_id": git_blob_id(path), "official": is_official(path)}
-        for path in (*annotation_files, *split_files.values())}
+        path.name: check(path) for path in (*annotation_files, *split_files.values())}
 
 
 # ---- Read ----
 
 ROLES = ("text_id", "user_id", "text", "split")
-SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2}
 UNNAMED = re.compile(r"(Unnamed: [\d.]+)?$")  # the name of a column that pandas wrote its index into
 MOST_LABELS = 1000
 BARE = "\udc0d"  # stands for a \r that ends no line, which csv refuses; no UTF-8 text has it
 
 
-class Marks(dict):
-    """0 or 1 of a cell, however it is written, or None."""
+class Cells(dict):
+    """What a cell stands for, whatever its case and the spaces around it; None for any other cell."""
 
     def __missing__(self, cell):
         return self.get(cell.strip().lower())
 
 
-MARKS = Marks(dict.fromkeys("0 0.0 false f no n".split(), 0) | dict.fromkeys("1 1.0 true t yes y".split(), 1))
+MARKS = Cells(dict.fromkeys("0 0.0 false f no n".split(), 0) | dict.fromkeys("1 1.0 true t yes y".split(), 1))
+SPLIT_NAMES = Cells(train=0, training=0, val=1, valid=1, validation=1, dev=1, test=2)
 
 
 def read_rows(path, delimiter=None, wanted=()):
@@ -254,80 +250,111 @@ def read_rows(path, delimiter=None, wanted=()):
     Without a delimiter it is the one of , ; tab | that finds most of the columns `wanted`, then most cells.
     Raises: ValueError with the line for bad UTF-8, a NUL, a broken quote, or another number of cells.
     """
-    bare = escaped = False
+    start, width, bare, escaped = 1, 0, False, False
 
-    def lines():
+    def lines(file):
         nonlocal bare, escaped
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode()
-                except UnicodeDecodeError:
-                    text = "\0"
-                if "\0" in text:
-                    raise ValueError(f"{path}, line {number}: bad UTF-8 or a NUL; save it as UTF-8 text")
-                if "\r" in text and "\r" in (body := text.rstrip("\r\n")):
-                    bare, text = True, body.replace("\r", BARE) + text[len(body):]
-                    if number == 1:
-                        raise csv.Error(r"its lines end in \r alone; save it with \n or \r\n")
-                escaped = escaped or '\\"' in text
-                yield text
+        for number, line in enumerate(file, start=1):
+            if "\0" in line:
+                raise ValueError(f"{path}, line {number}: bad UTF-8 or a NUL; save it as UTF-8 text")
+            if "\r" in line and "\r" in (body := line.rstrip("\r\n")):
+                bare, line = True, body.replace("\r", BARE) + line[len(body):]
+                if number == 1:
+                    raise csv.Error(r"its lines end in \r alone; save it with \n or \r\n")
+            escaped = escaped or '\\"' in line
+            yield line
 
     def columns_found(delimiter):
         cells = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), ())]
         return len({*cells} & {*wanted}), len(cells)
 
-    start, width, source = 1, 0, lines()
+    with open(path, "rb") as file:
+        opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
     try:
-        first = next(source, "")
-        delimiter = delimiter or max(",;\t|", key=columns_found)
-        reader = csv.reader(itertools.chain([first], source), delimiter=delimiter, strict=True)
-        for cells in reader:
-            width = width or len(cells)
-            if len(cells) not in (0, width):
-                raise csv.Error(f"{len(cells)} columns, but the first row has {width}")
-            if cells:
-                yield start, [cell.replace(BARE, "\r") for cell in cells] if bare else cells
-            start = reader.line_num + 1
+        with opened(path, "rt", encoding="utf-8-sig", errors="as NUL", newline="\n") as file:
+            source = lines(file)
+            first = next(source, "")
+            delimiter = delimiter or max(",;\t|", key=columns_found)
+            reader = csv.reader(itertools.chain([first], source), delimiter=delimiter, strict=True)
+            for cells in reader:
+                width = width or len(cells)
+                if len(cells) not in (0, width):
+                    raise csv.Error(f"{len(cells)} columns, but the first row has {width}")
+                if cells:
+                    yield start, [cell.replace(BARE, "\r") for cell in cells] if bare else cells
+                start = reader.line_num + 1
     except (csv.Error, EOFError, zlib.error) as error:
         mend = r'; a quote within a cell is written "", not \"' if escaped else ""
         raise ValueError(f"{path}, line {start}: {error}{mend}") from None
 
 
-def open_table(path, columns, labels=None, label_names=None, context=(), needed=("user_id", "text")):
-    """Returns an open CSV file: its header, the places of roles, labels and context, and its further rows.
+class Table:
+    """An open CSV file: where its roles, labels and context stand, and its rows.
 
     columns {role: name}, those not in `needed` if they are there; labels, the names of the label columns, by
     default all others, or of one column that holds label names. With label_names, a finished run's, the file
     may be without labels. Raises: ValueError for what is missing or makes no sense.
     """
-    rows, one = read_rows(path, None, {*columns.values(), *context, *(labels or ())}), len(labels or ()) == 1
-    header = [name.strip() for name in next(rows, (0, []))[1]]
-    columns = {role: name for role, name in columns.items() if role in needed or name in header}
-    used = [*columns.values(), *context]
-    if label_names is not None and {*label_names} <= {*header}:
-        labels = label_names
-    elif label_names is not None and not (one and labels[0] in header):
-        labels = ()
-    elif labels is None:
-        labels = [name for name in header if name not in used and not UNNAMED.match(name)]
-    check_header(path, header, [*used, *labels])
-    names = tuple(sorted(labels))
-    if holds_names := label_names is not None and names not in ((), label_names):
-        names = label_names
-    elif label_names is None and one:
-        place = header.index(names[0])
-        cells = {cells[place] for _, cells in itertools.islice(read_rows(path, None, header), 1, None)}
-        if holds_names := any(MARKS[cell] is None for cell in cells if cell.strip()):
-            names = tuple(sorted(set().union(*map(split_names, cells))))
-    if label_names is None:
-        check_labels(path, names)
-    return SimpleNamespace(
-        path=path, header=header, places={role: header.index(name) for role, name in columns.items()},
-        label_names=names, label_places=[*map(header.index, labels if holds_names else names)],
-        holds_names=holds_names, context=[*map(header.index, context)], rows=rows)
+
+    def __init__(self, path, columns, labels=None, label_names=None, context=(), needed=("user_id", "text")):
+        self.path, self.rows = path, read_rows(path, None, {*columns.values(), *context, *(labels or ())})
+        header = self.header = [name.strip() for name in next(self.rows, (0, []))[1]]
+        columns = {role: name for role, name in columns.items() if role in needed or name in header}
+        used, of_names = [*columns.values(), *context], labels if len(labels or ()) == 1 else []
+        if label_names is None:
+            labels = sorted(labels or (
+                name for name in header if name not in used and not UNNAMED.match(name)))
+        elif {*label_names} <= {*header}:
+            labels, of_names = label_names, []
+        else:
+            labels = of_names = [name for name in of_names if name in header]
+        check_header(path, header, [*used, *labels])
+        self.label_names, self.holds_names = label_names or tuple(labels), bool(of_names)
+        if label_names is None and of_names:
+            rows, place = read_rows(path, None, header), header.index(*of_names)
+            cells = {cells[place] for _, cells in itertools.islice(rows, 1, None)}
+            self.holds_names = any(MARKS[cell] is None for cell in cells if cell.strip())
+            if self.holds_names:
+                self.label_names = tuple(sorted(set().union(*map(split_names, cells))))
+        if label_names is None:
+            check_labels(path, self.label_names)
+        self.places = {role: header.index(name) for role, name in columns.items()}
+        self.label_places, self.context = [*map(header.index, labels)], [*map(header.index, context)]
+
+    def annotations(self, profiles):
+        """Yields (text_id or None, text, user_id or None, labels, split or None) of each row.
+
+        Fills in profiles. Raises: ValueError with file and line for all that is not such a row.
+        """
+        def wrong(k, words):
+            return ValueError(f"{self.path}, line {line}: {self.header[k]} is {cells[k]!r}, {words}")
+
+        id_place, user_place, text_place, split_place = map(self.places.get, ROLES)
+        filled = [k for k in (id_place, user_place, text_place) if k is not None]
+        unlabelled, split, line = [0] * len(self.label_names), None, None
+        for line, cells in self.rows:
+            if not all(map(str.strip, [cells[k] for k in filled])):
+                empty = next(k for k in filled if not cells[k].strip())
+                raise wrong(empty, "which is empty; fill it in or remove the row")
+            if self.holds_names:
+                labels = marks_of_names(cells[self.label_places[0]], self.label_names)
+            else:
+                labels = [MARKS[cells[k]] for k in self.label_places] or unlabelled
+            if None in labels:
+                bad = next(k for k in self.label_places if self.holds_names or MARKS[cells[k]] is None)
+                raise wrong(bad, f"not of {list(self.label_names)}" if self.holds_names else
+                            "not 0 or 1; fill it in, or name the columns of labels by --labels")
+            if split_place is not None and (split := SPLIT_NAMES[cells[split_place]]) is None:
+                raise wrong(split_place, f"not one of {[*SPLIT_NAMES]}; or rename the column, and texts are "
+                            "split 80/10/10")
+            user_id = cells[user_place] if user_place is not None else None
+            own = tuple(cells[k].strip() for k in self.context)
+            if self.context and (before := profiles.setdefault(user_id, own)) != own:
+                raise ValueError(f"{self.path}, line {line}: user {user_id!r} has {own} here and {before} "
+                                 "before; --context takes columns that are the same in all rows of a user")
+            yield cells[id_place] if id_place is not None else None, cells[text_place], user_id, labels, split
+        if line is None:
+            raise ValueError(f"{self.path}: no row below the header")
 
 
 def check_header(path, header, columns):
@@ -373,83 +400,26 @@ def marks_of_names(cell, label_names):
     return [name in names for name in label_names] if names <= {*label_names} else [None]
 
 
-def bad_label(table, line, cells):
-    """The ValueError of a row with a label that cannot be read."""
-    bad = next(k for k in table.label_places if table.holds_names or MARKS[cells[k]] is None)
-    cause = f"{table.path}, line {line}: {table.header[bad]} is {cells[bad]!r}, not"
-    if table.holds_names:
-        return ValueError(f"{cause} of {list(table.label_names)}")
-    if not cells[bad].strip():
-        return ValueError(f"{cause} 0 or 1; fill it in or remove the row")
-    good = {*range(len(cells))} - {*table.places.values(), *table.context}
-    for _, other in itertools.islice(read_rows(table.path, None, table.header), 1, None):
-        good = {k for k in good if MARKS[other[k]] is not None}
-    names = [table.header[k] for k in sorted(good) if not UNNAMED.match(table.header[k])]
-    return ValueError(f"{cause} 0 or 1; name the labels: --labels {shlex.join(names or [table.header[bad]])}")
+def read_annotations(paths, columns, *table_arguments):
+    """Returns (the Annotations of CSV files with the same columns, the last one's Table).
 
-
-def read_table(table, profiles=None):
-    """Yields (text_id or None, text, user_id or None, labels, split or None) of each row; fills in profiles.
-
-    Raises: ValueError with file and line for all that is not such a row.
+    A text without a text_id has its hash for one.
     """
-    id_place, user_place, text_place, split_place = map(table.places.get, ROLES)
-    filled = [k for k in (id_place, user_place, text_place) if k is not None]
-    name_place = table.label_places[0] if table.holds_names else None
-    line = None
-    for line, cells in table.rows:
-        if not all(map(str.strip, [cells[k] for k in filled])):
-            empty = next(table.header[k] for k in filled if not cells[k].strip())
-            raise ValueError(f"{table.path}, line {line}: empty {empty}; fill it in or remove the row")
-        labels = ([MARKS[cells[k]] for k in table.label_places] if name_place is None
-                  else marks_of_names(cells[name_place], table.label_names))
-        if None in labels:
-            raise bad_label(table, line, cells)
-        split = SPLIT_NAMES.get(cells[split_place].strip().lower(), -1) if split_place is not None else None
-        if split == -1:
-            raise ValueError(f"{table.path}, line {line}: {table.header[split_place]} is "
-                             f"{cells[split_place]!r}, not one of {[*SPLIT_NAMES]}; or rename the "
-                             "column, and texts are split 80/10/10")
-        user_id = cells[user_place] if user_place is not None else None
-        if table.context:
-            own = tuple(cells[k].strip() for k in table.context)
-            if (before := profiles.setdefault(user_id, own)) != own:
-                raise ValueError(f"{table.path}, line {line}: user {user_id!r} has {own} here and {before} "
-                                 "before; --context takes columns that are the same in all rows of a user")
-        yield cells[id_place] if id_place is not None else None, cells[text_place], user_id, labels, split
-    if line is None:
-        raise ValueError(f"{table.path}: no {'annotation' if table.label_names else 'text'} below the header")
-
-
-def gather(rows, label_names, profiles=None):
-    """The Annotations of rows as read_table yields them. A text without a text_id has its hash for one."""
-    texts, users = {}, {}  # (text_id, text) or user_id: position; GoEmotions has ids with two spellings
-    text_index, user_index, split_index, labels = array("i"), array("i"), array("b"), bytearray()
-    for text_id, text, user_id, marks, split in rows:
-        text_index.append(texts.setdefault((text_id, text), len(texts)))
-        user_index.append(users.setdefault(user_id, len(users)))
-        labels.extend(marks)
-        if split is not None:
-            split_index.append(split)
+    texts, users, profiles = {}, {}, {}  # (text_id, text): position; GoEmotions has ids with two spellings
+    text_index, user_index, split_index, marks = array("i"), array("i"), array("b"), bytearray()
+    for path in paths:
+        table = Table(path, columns, *table_arguments)
+        for text_id, text, user_id, own, split in table.annotations(profiles):
+            text_index.append(texts.setdefault((text_id, text), len(texts)))
+            user_index.append(users.setdefault(user_id, len(users)))
+            marks.extend(own)
+            if split is not None:
+                split_index.append(split)
     return Annotations(
         [prompt_hash(text) if text_id is None else text_id for text_id, text in texts],
         [text for _, text in texts], list(users), np.frombuffer(text_index, np.int32),
-        np.frombuffer(user_index, np.int32),
-        np.frombuffer(labels, bool).reshape(len(text_index), len(label_names)), tuple(label_names),
-        np.frombuffer(split_index, np.int8) if split_index else None, profiles or {})
-
-
-def read_annotations(paths, columns, label_names=None):
-    """Returns the Annotations of one or more CSV files.
-
-    Shapes: columns, the names of text_id, user_id and text; without label_names, each further column but
-    `split` is a label. Raises: ValueError with file and line for all that is not such a file.
-    """
-    tables, columns = [], dict(zip(ROLES, (*columns, "split"), strict=True))
-    for path in paths:
-        tables.append(open_table(path, columns, label_names, needed=ROLES[:3]))
-        label_names = label_names or tables[0].label_names
-    return gather(itertools.chain.from_iterable(map(read_table, tables)), label_names)
+        np.frombuffer(user_index, np.int32), np.frombuffer(marks, bool).reshape(len(text_index), -1),
+        table.label_names, np.frombuffer(split_index, np.int8) if split_index else None, profiles), table
 
 
 def read_split_texts(path, text_column):
@@ -460,8 +430,7 @@ def read_split_texts(path, text_column):
     bare = path.suffix == ".tsv"
     rows = read_rows(path, "\t" if bare else ",")
     header = [text_column] if bare else next(rows, (0, []))[1]
-    if text_column not in header:
-        raise ValueError(f"{path}: no column {text_column} in the header {header}")
+    check_header(path, header, [text_column])
     return {cells[header.index(text_column)] for _, cells in rows}
 
 
@@ -496,71 +465,73 @@ def assign_splits(annotations, split_texts=None, seed=42):
     return np.array([of_text.get(text, -1) for text in texts], np.int8)[annotations.text_index]
 
 
-def count_stages(annotations, split, stages):
-    """[{"stage", "rows" (per split), "texts", "users"}] of {stage: mask of what is left}."""
-    text, user = annotations.text_number, annotations.user_index
-    for stage, keep in stages.items():
-        parts = [keep & (split == s) for s in range(3)] if stage in STAGES[2:] else [keep]
-        yield {"stage": stage, "rows": [int(part.sum()) for part in parts],
-               "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
-               "users": int(np.count_nonzero(np.bincount(user[keep])))}
+def clean(annotations, split, paper=True, min_share=0.01, max_share=0.6, seed=42):
+    """Returns ({split name: Annotations}, [{"stage", "rows" (per split), "texts", "users"}]).
 
-
-def clean(annotations, split, min_share=0.01, max_share=0.6, seed=42):
-    """Returns ({split name: Annotations}, stages): what is left, and the counts after every stage.
-
-    Shapes: split (N,) from assign_splits. Raises: ValueError if no user is left.
+    Without `paper` all that is in a split stays. Shapes: split (N,) from assign_splits. Raises: ValueError if
+    no user is left.
     """
-    user, n_users = annotations.user_index, len(annotations.users)
+    user, text, n_users = annotations.user_index, annotations.text_number, len(annotations.users)
     cell = 3 * user.astype(np.int64) + split  # a user in a split
     keep, stages = np.ones(len(annotations), bool), []
 
-    def counts():
-        """(U, 3) annotations of each user in each split."""
-        return np.bincount(cell[keep], minlength=3 * n_users).reshape(n_users, 3)
+    def by_chance(row):
+        """The place of an annotation in a cut, whatever the order of the file."""
+        item, user_id = annotations.text_index[row], annotations.users[user[row]]
+        return (hash_order(seed, "cut", user_id, annotations.text_ids[item]), annotations.texts[item],
+                annotations.labels[row].tobytes())
 
-    stages.append(keep)
-    stages.append(keep := keep & annotations.labels.any(axis=1))
-    stages.append(keep := keep & (split >= 0))
-    stages.append(keep := keep & (counts() > 0).all(axis=1)[user])
-    few = counts() < min_share * counts().max(axis=0)  # [choice.D1]
-    stages.append(keep := keep & ~few[user, split])
-    n, keep = counts(), keep.copy()
-    most, ends = n.max(axis=0), np.cumsum(n).reshape(n.shape)
-    by_cell = np.flatnonzero(keep)[np.argsort(cell[keep], kind="stable")]
-    for u, s in np.argwhere(n > max_share * most):  # [choice.D2]
-        rows = by_cell[ends[u, s] - n[u, s]: ends[u, s]].tolist()
-        order = sorted(rows, key=lambda row: cut_order(annotations, row, seed))
-        keep[order[: int(n[u, s] - max_share * most[s])]] = False  # duplicates of the rest stay: [choice.D3]
-    stages.append(keep)
-    stages.append(keep := keep & (counts() > 0).all(axis=1)[user])  # the cuts can empty a split: [choice.D5]
+    def stage(name, more):
+        """Keeps what is in `more`, too; returns (U, 3), what is left of each user in each split."""
+        nonlocal keep
+        keep = keep & more
+        parts = [keep & (split == s) for s in range(3)] if name in STAGES[2:] else [keep]
+        stages.append({"stage": name, "rows": [int(part.sum()) for part in parts],
+                       "texts": [int(np.count_nonzero(np.bincount(text[part]))) for part in parts],
+                       "users": int(np.count_nonzero(np.bincount(user[keep])))})
+        return np.bincount(cell[keep & (split >= 0)], minlength=3 * n_users).reshape(n_users, 3)
+
+    raw, non_empty, placed, common, enough, cut, again = STAGES
+    stage(raw, keep)
+    if paper:
+        stage(non_empty, annotations.labels.any(axis=1))
+    n = stage(placed, split >= 0)
+    if paper:
+        n = stage(common, (n > 0).all(axis=1)[user])
+        n = stage(enough, (n >= min_share * n.max(axis=0))[user, split])  # [choice.D1]
+        most, ends, fits = n.max(axis=0), np.cumsum(n).reshape(n.shape), np.ones(len(keep), bool)
+        by_cell = np.flatnonzero(keep)[np.argsort(cell[keep], kind="stable")]
+        for u, s in np.argwhere(n > max_share * most):  # [choice.D2]
+            rows = sorted(by_cell[ends[u, s] - n[u, s]: ends[u, s]].tolist(), key=by_chance)
+            fits[rows[: int(n[u, s] - max_share * most[s])]] = False  # no duplicates of them: [choice.D3]
+        n = stage(cut, fits)
+        stage(again, (n > 0).all(axis=1)[user])  # the cuts can empty a split: [choice.D5]
     if not keep.any():
         raise ValueError(f"no user is left of {n_users} after cleaning: a user needs annotations in train, "
                          f"val and test, in each {min_share} of the most active user's; lower --min_share or "
                          "give more data")
-    return ({name: annotations.select(keep & (split == s)) for s, name in enumerate(SPLITS)},
-            list(count_stages(annotations, split, dict(zip(STAGES, stages, strict=True)))))
+    return {name: annotations.select(keep & (split == s)) for s, name in enumerate(SPLITS)}, stages
 
 
-def cut_order(annotations, row, seed):
-    """Sorts one user's annotations by chance, whatever their order in the file."""
-    item, user_id = annotations.text_index[row], annotations.users[annotations.user_index[row]]
-    chance = hash_order(seed, "cut", user_id, annotations.text_ids[item])
-    return chance, annotations.texts[item], annotations.labels[row].tobytes()
+def present_users(annotations):
+    return {annotations.users[k] for k in np.unique(annotations.user_index)}
+
+
+def unseen_users(splits):
+    """The users of val and test that are not in train, sorted."""
+    train, *others = map(present_users, splits.values())
+    return sorted(set().union(*others) - train)
 
 
 def hold_out_users(splits, share, seed=42):
     """Returns (splits, user IDs): a share of the users is taken out of train and val, and stays in test."""
-    if not 0 <= share < 1:
-        raise ValueError(f"--unseen_users is {share}; give a share of the users from 0 to below 1")
-    users = splits["train"].users
-    present = sorted((users[k] for k in np.unique(splits["train"].user_index)),
-                     key=lambda user_id: hash_order(seed, "unseen", user_id))
-    n = round(share * len(present))
+    present = sorted(present_users(splits["train"]), key=lambda user_id: hash_order(seed, "unseen", user_id))
+    n = round(share * len(present)) if 0 <= share < 1 else 0
     if share and not n:
-        raise ValueError(f"--unseen_users {share} of {len(present)} users is nobody; raise it")
-    unseen = set(present[:n])
-    seen = np.array([user_id not in unseen for user_id in users])
+        raise ValueError(f"--unseen_users {share} of {len(present)} users is nobody, or more than all: give "
+                         "another share, from 0 to below 1")
+    unseen = {*present[:n]}
+    seen = np.array([user_id not in unseen for user_id in splits["train"].users])
     splits = splits | {name: splits[name].select(seen[splits[name].user_index]) for name in ("train", "val")}
     return splits, sorted(unseen)
 
@@ -571,6 +542,59 @@ def limit(annotations, n, seed=42):
         return annotations
     key = np.array([hash_order(seed, "limit", text) for text in annotations.texts], np.uint64)
     return annotations.select(np.sort(np.argsort(key[annotations.text_index], kind="stable")[:n]))
+
+
+# ---- From a data set to its splits and a report ----
+
+
+def own_columns(given):
+    """{role: column} of --columns. Raises: ValueError."""
+    columns = dict(one.partition("=")[::2] for one in given or ())
+    if len(columns) < len(given or ()) or not columns.keys() <= {*ROLES} or "" in columns.values():
+        raise ValueError(f"--columns {' '.join(given)}: give ROLE=NAME, each of {', '.join(ROLES)} at most "
+                         "once")
+    return columns
+
+
+def read(args):
+    """Returns (task, Annotations, {split: texts} or None, what the report says of the files)."""
+    if corpus := CORPORA.get(args.dataset):
+        if given := [name for name in ("columns", "labels", "context") if vars(args)[name]]:
+            raise ValueError(f"--{given[0]} is for a file of your own, not for {args.dataset}: leave it out")
+        task = TASKS[args.dataset]
+        paths, split_files, files = find_files(corpus, args.data_dir or Path("data", args.dataset))
+        annotations, _ = read_annotations(paths, corpus.columns, task.label_names, None, (), corpus.columns)
+        texts = {name: read_split_texts(path, corpus.columns["text"]) for name, path in split_files.items()}
+        return task, annotations, texts, {"files": files, "columns": corpus.columns, "unused": []}
+    if not (path := Path(args.dataset)).is_file():
+        raise FileNotFoundError(f"no data set {args.dataset!r}: use one of {sorted(CORPORA)} or the path of "
+                                "a CSV")
+    given = own_columns(args.columns)
+    annotations, table = read_annotations([args.dataset], dict(zip(ROLES, ROLES)) | given, args.labels, None,
+                                          args.context or (), ("user_id", "text", *given))
+    used = {*table.places.values(), *table.label_places, *table.context}
+    return neutral_task(annotations.label_names), annotations, None, {
+        "files": {path.name: {"blob_id": git_blob_id(path), "official": None}},
+        "columns": {role: table.header[k] for role, k in table.places.items()},
+        "unused": [name or "(unnamed)" for k, name in enumerate(table.header) if k not in used]}
+
+
+def load(args):
+    """Returns (task, {split: Annotations}, report) of `goemotions`, `unhealthy` or the path of a long CSV."""
+    started = time.perf_counter()
+    paper = (args.clean or ("paper" if args.dataset in CORPORA else "none")) == "paper"
+    shares = {key: vars(args)[key] for key in ("min_share", "max_share") if vars(args)[key] is not None}
+    if shares and not paper:
+        raise ValueError(f"--{[*shares][0]} belongs to --clean paper: give both, or leave it out")
+    task, annotations, split_texts, report = read(args)
+    split = assign_splits(annotations, split_texts, args.split_seed)
+    splits, stages = clean(annotations, split, paper, seed=args.split_seed, **shares)
+    task = task._replace(none=not all(part.labels.any(axis=1).all() for part in splits.values()))
+    return task, splits, report | {
+        "dataset": str(args.dataset), "labels": list(task.label_names), "stages": stages,
+        "warnings": list(find_warnings(annotations, splits["train"])), "unseen_users": unseen_users(splits),
+        "counts": {name: len(part) for name, part in splits.items()},
+        "seconds": time.perf_counter() - started}
 
 
 def find_warnings(annotations, train):
@@ -593,101 +617,23 @@ def find_warnings(annotations, train):
             yield f"nothing to learn, as all of train has {value}: {', '.join(same)}"
 
 
-def present_users(annotations):
-    return {annotations.users[k] for k in np.unique(annotations.user_index)}
-
-
-def unseen_users(splits):
-    """The users of val and test that are not in train, sorted."""
-    train, *others = map(present_users, splits.values())
-    return sorted(set().union(*others) - train)
-
-
-def own_columns(given):
-    """{role: column} of --columns. Raises: ValueError."""
-    columns = dict(one.partition("=")[::2] for one in given or ())
-    if len(columns) < len(given or ()) or not columns.keys() <= {*ROLES} or "" in columns.values():
-        raise ValueError(f"--columns {' '.join(given)}: give ROLE=NAME, each of {', '.join(ROLES)} at most "
-                         "once")
-    return columns
-
-
-def read_own(args):
-    """Returns (annotations, what the report says of the file) of a user's own file."""
-    given, path = own_columns(args.columns), Path(args.dataset)
-    table = open_table(args.dataset, {role: role for role in ROLES} | given, args.labels, None,
-                       args.context or (), ("user_id", "text", *given))
-    profiles = {}
-    used = {*table.places.values(), *table.label_places, *table.context}
-    return gather(read_table(table, profiles), table.label_names, profiles), {
-        "files": {path.name: {"blob_id": git_blob_id(path), "official": None}},
-        "columns": {role: table.header[k] for role, k in table.places.items()},
-        "unused": [name or "(unnamed)" for k, name in enumerate(table.header) if k not in used]}
-
-
-def load(args):
-    """Returns (task, {split: Annotations}, report) of `goemotions`, `unhealthy` or the path of a long CSV.
-
-    args: `dataset` and flags of add_arguments; one that is not there has its default.
-    """
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = argparse.Namespace(**vars(parser.parse_args([])) | vars(args))
-    started, split_texts, corpus = time.perf_counter(), None, CORPORA.get(args.dataset)
-    paper = (args.clean or ("paper" if corpus else "none")) == "paper"
-    shares = {key: vars(args)[key] for key in ("min_share", "max_share") if vars(args)[key] is not None}
-    if shares and not paper:
-        raise ValueError(f"--{[*shares][0]} belongs to --clean paper: give both, or leave it out")
-    if corpus:
-        if given := [name for name in ("columns", "labels", "context") if vars(args)[name]]:
-            raise ValueError(f"--{given[0]} is for a file of your own, not for {args.dataset}: leave it out")
-        paths, split_files, files = find_files(corpus, args.data_dir or Path("data", args.dataset))
-        task = TASKS[args.dataset]
-        annotations = read_annotations(paths, corpus.columns, task.label_names)
-        split_texts = {name: read_split_texts(path, corpus.columns[2]) for name, path in split_files.items()}
-        report = {"files": files, "columns": dict(zip(ROLES, corpus.columns)), "unused": []}
-    elif Path(args.dataset).is_file():
-        annotations, report = read_own(args)
-        task = neutral_task(annotations.label_names)
-    else:
-        raise FileNotFoundError(f"no data set {args.dataset!r}: use one of {sorted(CORPORA)} or the path of "
-                                "a CSV")
-    split = assign_splits(annotations, split_texts, args.split_seed)
-    if paper:
-        splits, stages = clean(annotations, split, seed=args.split_seed, **shares)
-    else:
-        splits = {name: annotations.select(split == s) for s, name in enumerate(SPLITS)}
-        stages = list(count_stages(annotations, split, {STAGES[0]: split > -2, STAGES[2]: split >= 0}))
-    task = task._replace(none=not all(part.labels.any(axis=1).all() for part in splits.values()))
-    return task, splits, report | {
-        "dataset": str(args.dataset), "labels": list(task.label_names), "stages": stages,
-        "warnings": list(find_warnings(annotations, splits["train"])), "unseen_users": unseen_users(splits),
-        "counts": {name: len(part) for name, part in splits.items()},
-        "seconds": time.perf_counter() - started}
-
-
 def format_report(report):
     """The stages, beside the paper's counts, the labels, what is not used and the warnings, as text."""
-    corpus = CORPORA.get(report["dataset"])
+    corpus, widths, lines = CORPORA.get(report["dataset"]), (26, 24, 7, 30, 7), []
     paper = dict(zip(STAGES, corpus.paper_stages)) if corpus else {}
-
-    def cells(numbers):
-        return " / ".join(f"{n:,}" for n in numbers)
-
-    lines = [f"{'stage':<27}{'annotations':>26}{'texts':>24}{'users':>7}"
-             + (f"{'paper: annotations':>30}{'users':>7}" if paper else "")]
+    rows = [("stage", "annotations", "texts", "users", "paper: annotations", "users")]
     for stage in report["stages"]:
-        line = f"{stage['stage']:<27}{cells(stage['rows']):>26}{cells(stage['texts']):>24}"
-        line += f"{stage['users']:>7,}"
-        if paper:
-            rows, users = paper[stage["stage"]]
-            line += f"{cells(rows):>30}{users or '':>7}"
-        lines.append(line)
+        theirs, users = paper.get(stage["stage"], ((), None))
+        numbers = (stage["rows"], stage["texts"], [stage["users"]], theirs, [users] if users else ())
+        rows.append((stage["stage"], *(" / ".join(f"{n:,}" for n in own) for own in numbers)))
+    for name, *cells in rows:
+        shown = zip(cells if paper else cells[:3], widths)
+        lines.append(f"{name:<27}" + "".join(f"{cell:>{width}}" for cell, width in shown))
     notes = [f"{len(report['labels'])} labels: {', '.join(report['labels'])}"]
     notes += [f"note: {name} is not the official file (blob id {check['blob_id']}): the counts cannot be the "
               "paper's" for name, check in report["files"].items() if check["official"] is False]
     notes += [f"note: {name} is not there and was left out"
-              for name in sorted(set(corpus.files if corpus else ()) - set(report["files"]))]
+              for name in (corpus.files if corpus else ()) if name not in report["files"]]
     if report["unused"]:
         notes.append(f"note: not used: {', '.join(report['unused'])}")
     if report["unseen_users"]:
@@ -702,18 +648,17 @@ def describe(splits):
     parts, names = [*splits.values()], splits["train"].label_names
     text, user, labels = (np.concatenate([getattr(part, name) for part in parts])
                           for name in ("text_number", "user_index", "labels"))
-    n = np.bincount(text)
-    pairs = np.unique(text.astype(np.int64) * len(parts[0].users) + user)
-    shared = np.bincount(pairs // len(parts[0].users), minlength=len(n)) > 1
+    n, of_user = np.bincount(text), np.bincount(user)
+    pairs = np.unique(text.astype(np.int64) * len(of_user) + user)
+    shared = np.bincount(pairs // len(of_user), minlength=len(n)) > 1
     yield f"{'annotations':<24}{'least':>9}{'median':>9}{'most':>9}"
-    for name, counts in (("per user", np.bincount(user)), ("per text", n)):
-        own = counts[counts > 0]
-        yield f"{name:<24}{own.min():>9,}{np.median(own):>9,.10g}{own.max():>9,}"
+    for name, counts in (("per user", of_user[of_user > 0]), ("per text", n[n > 0])):
+        yield f"{name:<24}{counts.min():>9,}{np.median(counts):>9,.10g}{counts.max():>9,}"
     width = min(70, max(22, *map(len, names))) + 2
     yield f"\n{'label':<{width}}{'share':>9}{'differ':>9}"
     for name, own in zip(names, labels.T, strict=True):
-        chosen = np.bincount(text, weights=own, minlength=len(n))
-        differ = np.count_nonzero((chosen > 0) & (chosen < n) & shared) / max(1, np.count_nonzero(shared))
+        chosen = np.bincount(text, weights=own, minlength=len(n))[shared]
+        differ = np.count_nonzero((chosen > 0) & (chosen < n[shared])) / max(1, len(chosen))
         yield f"{name:<{width}}{own.mean():>9.1%}{differ:>9.1%}"
     yield f"differ: on that share of the {np.count_nonzero(shared):,} texts with two or more annotators"
 
@@ -725,10 +670,9 @@ def example_pool(annotations):
     """{user_id: list of (text, label names)}, each text of a user once: where choose_examples looks."""
     pool = {}
     for row, (text, user_id) in enumerate(annotations.fields()):
-        own = pool.setdefault(user_id, {})
-        if text not in own:
-            own[text] = tuple(annotations.label_set(row))
-    return {user_id: list(own.items()) for user_id, own in pool.items()}
+        pool.setdefault(user_id, {}).setdefault(text, row)
+    return {user_id: [(text, tuple(annotations.label_set(row))) for text, row in own.items()]
+            for user_id, own in pool.items()}
 
 
 def choose_examples(pool, text, user_id, shots, seed=42):
@@ -778,14 +722,15 @@ class Encoded:
         return self.response_ids[self.response_offsets[k]: self.response_offsets[k + 1]]
 
 
-def prompt_inputs(method, annotations, pool=None, seed=42):
+def prompt_inputs(method, annotations, choose=None):
     """Returns (the M distinct (text, user_id, examples, context), prompt_index (N,), too few).
 
-    They are what build_prompt is given; too few: the number of annotations with fewer than K examples.
+    They are what build_prompt is given; choose(text, user_id) gives the examples; too few: the number of
+    annotations with fewer than K of them.
     """
     inputs, prompt_index, too_few = {}, np.empty(len(annotations), np.int32), 0
     for row, (text, user_id) in enumerate(annotations.fields()):
-        examples = choose_examples(pool, text, user_id, method.shots, seed) if method.shots else ()
+        examples = choose(text, user_id) if method.shots else ()
         too_few += len(examples) < method.shots
         one = text, user_id if method.user_id else None, examples, annotations.profiles.get(user_id, ())
         prompt_index[row] = inputs.setdefault(one, len(inputs))
@@ -800,12 +745,6 @@ def flatten(rows):
     """Returns (flat int32 ids, offsets) of lists or arrays of token ids."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
     return np.concatenate([np.empty(0, np.int32), *(np.asarray(row, np.int32) for row in rows)]), offsets
-
-
-def tokenize(tokenizer, strings, special=True):
-    """Returns an int32 array of token ids for each string, by one call for all."""
-    batch = tokenizer(strings, add_special_tokens=special, return_attention_mask=False)["input_ids"]
-    return [np.array(ids, np.int32) for ids in batch]
 
 
 def chat_frame(tokenizer):
@@ -838,43 +777,43 @@ def shorten(tokenizer, before, text, after, max_length, special=True):
     return text[: starts[keep]]
 
 
-def encode(tokenizer, task, method, annotations, max_length, pool=None, seed=42, train_eos=True,
-           chat_template=False):
+def encode(tokenizer, task, method, annotations, max_length, choose=None, chat_template=False):
     """Returns the Encoded annotations: each distinct prompt is tokenized once.
 
     A prompt longer than max_length tokens loses the end of its text, never of its template.
     Raises: ValueError if the template alone is longer, or for what is no Unicode text (a lone surrogate).
     """
-    inputs, prompt_index, too_few = prompt_inputs(method, annotations, pool, seed)
-    special = not chat_template  # a chat template brings its own special tokens
-    opening, closing = chat_frame(tokenizer) if chat_template else ("", "")
-    chunks, hashes, n_shortened = [], [], 0
+    def tokenize(prompts):
+        batch = tokenizer(prompts, add_special_tokens=not chat_template, return_attention_mask=False)
+        return [np.array(ids, np.int32) for ids in batch["input_ids"]]
+
+    inputs, prompt_index, too_few = prompt_inputs(method, annotations, choose)
+    opening, closing = chat_frame(tokenizer) if chat_template else ("", "")  # with its own special tokens
+    rows, hashes, n_shortened = [], [], 0
     for start in range(0, len(inputs), 1024):  # bounds the memory of strings and of lists of integers
         parts = [build_prompt(task, method, *one) for one in inputs[start: start + 1024]]
-        parts = [(opening + before, text, after + closing) for before, text, after in parts]
-        prompts = ["".join(part) for part in parts]
+        prompts = [opening + "".join(part) + closing for part in parts]
         hashes += map(prompt_hash, prompts)
-        rows = tokenize(tokenizer, prompts, special)
-        for m in [m for m, row in enumerate(rows) if len(row) > max_length]:
-            before, text, after = parts[m]
-            prompt = before + shorten(tokenizer, before, text, after, max_length, special) + after
-            hashes[start + m], rows[m] = prompt_hash(prompt), tokenize(tokenizer, [prompt], special)[0]
-            n_shortened += 1
-        chunks.append(flatten(rows))
-    lengths = np.concatenate([np.diff(offsets) for _, offsets in chunks])
-    encoded = Encoded(np.concatenate([ids for ids, _ in chunks]), np.concatenate([[0], np.cumsum(lengths)]),
-                      prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened, too_few,
-                      task.none, annotations)
-    if method.family == "lm":
-        distinct, encoded.response_index = np.unique(annotations.labels, axis=0, return_inverse=True)
-        names = np.array(annotations.label_names)
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has no end token, which lm and lmp need; use another model")
-        end = tokenizer.eos_token if train_eos else ""  # [choice.T2]
-        responses = ["\n" + build_response(names[row].tolist()) + end for row in distinct]
-        rows = tokenize(tokenizer, responses, special=False)
-        encoded.response_ids, encoded.response_offsets = flatten(rows)
-    return encoded
+        rows += tokenize(prompts)
+        for m in [m for m in range(start, len(rows)) if len(rows[m]) > max_length]:
+            before, text, after = parts[m - start]
+            before, after = opening + before, after + closing
+            prompt = before + shorten(tokenizer, before, text, after, max_length, not chat_template) + after
+            hashes[m], rows[m], n_shortened = prompt_hash(prompt), tokenize([prompt])[0], n_shortened + 1
+    return Encoded(*flatten(rows), prompt_index, annotations.labels.astype(np.float32), hashes, n_shortened,
+                   too_few, task.none, annotations)
+
+
+def add_responses(encoded, tokenizer, train_eos=True):
+    """Adds the token ids of the distinct responses: what language modelling is trained on."""
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end token, which lm and lmp need; use another model")
+    distinct, encoded.response_index = np.unique(encoded.annotations.labels, axis=0, return_inverse=True)
+    names = np.array(encoded.annotations.label_names)
+    end = tokenizer.eos_token if train_eos else ""  # [choice.T2]
+    responses = ["\n" + build_response(names[row].tolist()) + end for row in distinct]
+    rows = tokenizer(responses, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    encoded.response_ids, encoded.response_offsets = flatten(rows)
 
 
 # ---- Batches ----
@@ -896,14 +835,13 @@ def training_steps(encoded, batch_size, seed, epoch, merge_duplicates=False, win
     length. With merge_duplicates the annotations of one prompt are neighbours. The order depends on (seed,
     epoch) alone: not on the number of processes, which each take their part of every step.
     """
-    generator = np.random.default_rng([seed, epoch])
-    n, lengths = len(encoded.prompt_index), encoded.lengths
+    generator, lengths = np.random.default_rng([seed, epoch]), encoded.lengths
     if merge_duplicates:
         order = np.argsort(generator.permutation(len(lengths))[encoded.prompt_index], kind="stable")
     else:
-        order = generator.permutation(n)
+        order = generator.permutation(len(encoded.prompt_index))
     steps = []
-    for start in range(0, n, window * batch_size):
+    for start in range(0, len(order), window * batch_size):
         rows = order[start: start + window * batch_size]
         prompts = encoded.prompt_index[rows]
         rows = rows[np.lexsort((prompts, lengths[prompts]))]
@@ -928,12 +866,10 @@ def micro_batches(lengths, rows, tokens_per_batch, prefix=0):
                 found.append(start := k)
         return found
 
-    low, high = 0, min(tokens_per_batch, prefix + len(own) * max(own, default=0))
-    fewest = len(ends(high))
-    while low < high:  # for the smallest budget that takes no more batches
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(ends(middle)) == fewest else (middle + 1, high)
-    return np.split(rows, ends(high)[:-1]) if len(rows) else []
+    high = min(tokens_per_batch, prefix + len(own) * max(own, default=0))
+    fewest = len(ends(high))  # the smallest budget that takes no more batches makes them even
+    even = bisect.bisect_left(range(high), True, key=lambda budget: len(ends(budget)) == fewest)
+    return np.split(rows, ends(even)[:-1]) if len(rows) else []
 
 
 def pad(sequences, value, left=False):
@@ -975,12 +911,16 @@ def add_arguments(parser):
         "examples (default: %(default)s)")
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Prepare data and print the stages.", allow_abbrev=False,
                                      usage=argparse.SUPPRESS)
     parser.add_argument("dataset", help="goemotions, unhealthy, or the path of a long CSV")
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     try:
         task, splits, report = load(args)
     except (ValueError, OSError) as error:

@@ -156,10 +156,11 @@ def method_of(args):
     return method._replace(context=context, user_id=method.user_id and not args.no_user_id)
 
 
-def example_pool(args, splits):
-    """Where the examples of Q-1S and Q-2S come from; None for the other methods."""
+def example_chooser(args, splits):
+    """What chooses the examples of Q-1S and Q-2S for (text, user_id); None for the other methods."""
     pool = splits["train" if follows(args)["P1"] == "paper" else "test"]  # [choice.P1]
-    return data.example_pool(pool) if method_of(args).shots else None
+    return functools.partial(data.choose_examples, data.example_pool(pool), shots=method_of(args).shots,
+                             seed=args.split_seed) if method_of(args).shots else None
 
 
 def load_tokenizer(args):
@@ -185,9 +186,10 @@ def load_tokenizer(args):
 def encode_split(args, tokenizer, task, splits, split, say=print):
     """Returns the Encoded of one split; says what was shortened and who has too few examples."""
     method = method_of(args)
-    encoded = data.encode(
-        tokenizer, task, method, splits[split], args.max_length, example_pool(args, splits), args.split_seed,
-        train_eos=follows(args)["T2"] == "paper", chat_template=getattr(args, "chat_template", False))
+    encoded = data.encode(tokenizer, task, method, splits[split], args.max_length,
+                          example_chooser(args, splits), getattr(args, "chat_template", False))
+    if method.family == "lm":
+        data.add_responses(encoded, tokenizer, train_eos=follows(args)["T2"] == "paper")
     unknown, highest = (encoded.ids == tokenizer.unk_token_id).mean(), encoded.ids.max(initial=0)
     if not encoded.lengths.all() or unknown > 0.25:
         raise ValueError(f"the tokenizer of --model {args.model} turns {unknown:.0%} of the prompts into "
@@ -797,19 +799,11 @@ def read_asked(args, run, task):
     own = {role: name for role, name in own.items() if name in header} | given
     columns = {role: own.get(role, role) for role in ("text_id", "user_id", "text")}
     context = run.context if {columns["user_id"], *(run.context or ())} <= header else None
-    table = data.open_table(path, columns, args.labels or run.labels, task.label_names, context or (),
-                            ("text", *given))
-    profiles = {}
-    rows = data.read_table(table, profiles)
-    if not table.label_places:
-        if there := {*task.label_names} & {*table.header}:
-            lack = {*task.label_names} - there
-            print(f"no metrics: {path} has no column {', '.join(sorted(lack))}, so its "
-                  f"{', '.join(sorted(there))} are not read")
-        rows = ((*row[:3], [0] * len(task.label_names), None) for row in rows)
-    asked = data.gather(rows, task.label_names, profiles)
-    if not len(asked):
-        raise ValueError(f"--input {path}: no text below the header")
+    asked, table = data.read_annotations([path], columns, args.labels or run.labels, task.label_names,
+                                         context or (), ("text", *given))
+    if not table.label_places and (there := {*task.label_names} & {*table.header}):
+        print(f"no metrics: {path} has no column {', '.join(sorted({*task.label_names} - there))}, so its "
+              f"{', '.join(sorted(there))} are not read")
     return asked, bool(table.label_places) and args.users is None
 
 
@@ -1006,8 +1000,7 @@ def query_server(args):
     elif not args.dry_run:
         write_json(args.out / "run.json", describe_run(args, report, None, task, splits["train"]))
     started, annotations, method = time.perf_counter(), splits[args.split], method_of(args)
-    inputs, prompt_index, too_few = data.prompt_inputs(method, annotations, example_pool(args, splits),
-                                                       args.split_seed)
+    inputs, prompt_index, too_few = data.prompt_inputs(method, annotations, example_chooser(args, splits))
     if too_few:
         print(f"{args.split}: {too_few} annotations are of users with fewer than {method.shots} examples")
     parts = [build_prompt(task, method, *one) for one in inputs]

@@ -143,7 +143,7 @@ def small_model():
 def read_annotations(rng, work):
     sound = write_table(rng, path := work / "a.csv", [*COLUMNS, "joy", "love"], ",")
     try:
-        read = data.read_annotations([path], COLUMNS)
+        read, _ = data.read_annotations([path], dict(zip(data.ROLES, data.ROLES)), None, None, (), COLUMNS)
     except ValueError as error:
         assert str(error).startswith(str(path)) and not sound, f"a sound file: {error}"
         return False

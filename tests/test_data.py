@@ -1,8 +1,8 @@
 """data.py: generated files only; expected values by hand, by plain dictionaries or by other programs."""
 
-import argparse
 import collections
 import csv
+import functools
 import gzip
 import hashlib
 import http.server
@@ -32,6 +32,7 @@ from prompts import METHODS, TASKS, build_prompt, build_response, neutral_task
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("text_id", "user_id", "text")
+BY_NAME = dict(zip(data.ROLES, data.ROLES))
 
 
 def write_csv(path, rows, header=("text_id", "user_id", "text", "joy", "love")):
@@ -42,10 +43,18 @@ def write_csv(path, rows, header=("text_id", "user_id", "text", "joy", "love")):
 
 def arguments(dataset, *flags):
     """What data.py's command line makes of a data set and flags."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("dataset")
-    data.add_arguments(parser)
-    return parser.parse_args([str(dataset), *map(str, flags)])
+    return data.parse_args([str(dataset), *map(str, flags)])
+
+
+def annotations_in(*paths):
+    """The Annotations of files, by their own column names; text_id is needed, as in the two corpora."""
+    return data.read_annotations(paths, BY_NAME, None, None, (), COLUMNS)[0]
+
+
+def own_annotations(path, *flags):
+    """The Annotations of a file of one's own, and the report's words on it."""
+    _, annotations, _, report = data.read(arguments(path, *flags))
+    return annotations, report
 
 
 def annotations_of(rows, label_names=("joy", "love")):
@@ -89,7 +98,7 @@ def test_texts_ids_and_labels_come_out_as_they_were_written(tmp_path):
         ("t1", "4", "other spelling", 0, 0),
         ("t3", " 4", "🙂 ‮right to left", 0, 1),
     ]
-    read = data.read_annotations([write_csv(tmp_path / "a.csv", rows)], COLUMNS)
+    read = annotations_in(write_csv(tmp_path / "a.csv", rows))
     assert [(*row[:3], *row[3]) for row in rows_of(read)] == rows
     assert read.label_names == ("joy", "love") and read.users == ["4", "ł 5", " 4"] and len(read.texts) == 4
     assert read.label_set(2) == ["joy", "love"] and len(read) == 5
@@ -103,7 +112,7 @@ def test_labels_are_sorted_and_several_files_are_one_set(tmp_path):
     two = write_csv(
         tmp_path / "2.csv", [("1", "u", "a", 0, 1)], ("text_id", "user_id", "text", "joy", "zest")
     )
-    read = data.read_annotations([one, two], COLUMNS)
+    read = annotations_in(one, two)
     assert read.label_names == ("joy", "zest")
     assert rows_of(read) == [("1", "u", "a", (0, 1))] * 2
 
@@ -120,7 +129,7 @@ def test_labels_are_sorted_and_several_files_are_one_set(tmp_path):
 )
 def test_bom_windows_line_ends_spaces_in_the_header_and_empty_lines_change_nothing(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
-    read = data.read_annotations([tmp_path / "a.csv"], COLUMNS)
+    read = annotations_in(tmp_path / "a.csv")
     assert read.label_names == ("joy",)
     assert rows_of(read) == [("1", "u", "a", (1,)), ("2", "u", "b", (0,))]
 
@@ -132,16 +141,16 @@ HEADER = b"text_id,user_id,text,joy\n"
     "content, words",
     [
         (b"", "no column ['user_id', 'text'] in the header []"),
-        (HEADER, "no annotation"),
+        (HEADER, "no row below the header"),
         (b"text_id,text,joy\n1,a,1\n", "no column ['user_id']"),
         (b"text_id,user_id,text,joy,joy\n", "['joy'] twice"),
         (b"text_id,user_id,text\n1,u,a\n", "no label column"),
         (b"text_id,user_id,text,split\n1,u,a,train\n", "no label column"),
         (HEADER + b"1,u,a,1\n2,u,b,2\n", "line 3: joy is '2', not 0 or 1"),
         (HEADER + b'1,u,"a\nb\nc",1\n2,u,b,\n', "line 5: joy is '', not 0 or 1"),
-        (HEADER + b'1,u," \t\n",1\n', "line 2: empty text"),
-        (HEADER + b"1,,a,1\n", "line 2: empty user_id"),
-        (HEADER + b" ,u,a,1\n", "line 2: empty text_id"),
+        (HEADER + b'1,u," \t\n",1\n', "which is empty"),
+        (HEADER + b"1,,a,1\n", "line 2: user_id is '', which is empty"),
+        (HEADER + b" ,u,a,1\n", "line 2: text_id is ' ', which is empty"),
         (HEADER + b"1,u,a,1\n1,u,a\n", "line 3: 3 columns, but the first row has 4"),
         (HEADER + b"1,u,a,1,0\n", "line 2: 5 columns, but the first row has 4"),
         (HEADER + b"1,u,a,1\n1,u,\xff,1\n", "line 3: bad UTF-8"),
@@ -170,15 +179,13 @@ def test_a_broken_file_is_one_line_that_names_the_place_and_status_2(tmp_path, c
 
 def test_names_with_and_or_slash_and_dots_are_labels(tmp_path):
     header = (*COLUMNS, "and", "black and white", "yes/no", "R&B", "level 1.5", "no. 7", "a-b_c d")
-    read = data.read_annotations(
-        [write_csv(tmp_path / "a.csv", [("1", "u", "x", *[1] * 7)], header)], COLUMNS
-    )
+    read = annotations_in(write_csv(tmp_path / "a.csv", [("1", "u", "x", *[1] * 7)], header))
     assert read.label_names == tuple(sorted(header[3:]))
 
 
 def test_a_megabyte_in_one_field_is_a_text(tmp_path):
     text = 'a "b", {c}\n' * 100_000
-    read = data.read_annotations([write_csv(tmp_path / "a.csv", [("1", "u", text, 1, 0)])], COLUMNS)
+    read = annotations_in(write_csv(tmp_path / "a.csv", [("1", "u", text, 1, 0)]))
     assert read.texts == [text]
 
 
@@ -191,7 +198,7 @@ def test_any_bytes_are_read_or_refused_with_the_file_and_line(tmp_path_factory, 
     path = tmp_path_factory.getbasetemp() / "fuzz.csv"
     path.write_bytes(HEADER + "\n".join(",".join(row) for row in rows).encode() + broken)
     try:
-        read = data.read_annotations([path], COLUMNS)
+        read = annotations_in(path)
     except ValueError as error:
         assert str(error).startswith(f"{path}")
     else:
@@ -206,7 +213,7 @@ def test_quotes_in_tsv_files_are_quotes(tmp_path):
     assert data.read_split_texts(tmp_path / "train.csv", "comment") == {'a, "b"', "c"}
     for content in ("", "id,text\n1,a\n"):
         (tmp_path / "train.csv").write_text(content)
-        with pytest.raises(ValueError, match="no column comment"):
+        with pytest.raises(ValueError, match=r"no column \['comment'\]"):
             data.read_split_texts(tmp_path / "train.csv", "comment")
 
 
@@ -281,7 +288,7 @@ def delimited(delimiter):
 ])
 def test_a_file_is_read_however_its_program_wrote_it(tmp_path, content):
     (tmp_path / "a.tsv").write_bytes(content)  # the name says nothing
-    annotations, report = data.read_own(arguments(tmp_path / "a.tsv"))
+    annotations, report = own_annotations(tmp_path / "a.tsv")
     assert rows_of(annotations) == READ and annotations.label_names == ("joy", "love")
     index = content.split(b",")[0] in (b"", b"Unnamed: 0")
     assert report["unused"] == (["(unnamed)" if content[:1] == b"," else "Unnamed: 0"] if index else [])
@@ -291,7 +298,7 @@ def test_a_carriage_return_that_ends_no_line_is_a_part_of_its_cell(tmp_path):
     """pandas writes it without quotes, and Python's csv then refuses the file."""
     text = "a\rb\r\rc"
     (tmp_path / "a.csv").write_bytes(f'user_id,text,joy\nu1,{text},1\n"u\r2","{text}",0\n'.encode())
-    annotations, _ = data.read_own(arguments(tmp_path / "a.csv"))
+    annotations, _ = own_annotations(tmp_path / "a.csv")
     assert annotations.texts == [text] and annotations.users == ["u1", "u\r2"]
 
 
@@ -338,8 +345,8 @@ def test_columns_are_found_by_the_names_that_are_given_and_the_rest_is_named(tmp
     (["--labels", "joy", "joy"], "have ['joy'] twice"),
     (["--labels", "joy", "text"], "have ['text'] twice"),
     (["--labels", "joy", "--context", "joy"], "have ['joy'] twice"),
-    (["--labels", "joy", "age"], "not 0 or 1; name the labels: --labels love joy 'not nice' mood"),
-    ([], "age is '35-39', not 0 or 1; name the labels: --labels love joy 'not nice' mood"),
+    (["--labels", "joy", "age"], "not 0 or 1; fill it in, or name the columns of labels by --labels"),
+    ([], "age is '35-39', not 0 or 1; fill it in, or name the columns of labels by --labels"),
     (["--context", "nothing"], "no column ['nothing']"),
     (["--labels", "joy", "--context", "mood"], "line 3: user 'u0' has ('1',) here and ('0',) before"),
 ])
@@ -370,7 +377,7 @@ def test_flags_of_an_own_file_are_refused_for_the_two_corpora(capsys):
 def test_one_column_of_label_names_makes_its_values_the_labels(tmp_path, cells, labels):
     rows = [(f"u{k}", f"text {k}", cell, k) for k, cell in enumerate(cells)]
     path = write_csv(tmp_path / "a.csv", rows, ("user_id", "text", "mood", "other"))
-    annotations, report = data.read_own(arguments(path, "--labels", "mood"))
+    annotations, report = own_annotations(path, "--labels", "mood")
     assert [annotations.label_set(row) for row in range(4)] == labels and report["unused"] == ["other"]
     assert annotations.label_names == tuple(sorted({name for own in labels for name in own}))
 
@@ -415,7 +422,7 @@ def test_labels_with_one_value_only_have_nothing_to_learn(tmp_path):
 def test_a_text_without_an_id_has_its_hash_for_one(tmp_path):
     rows = [("u1", "a", 1), ("u2", "a", 0), ("u1", "b", 0)]
     path = write_csv(tmp_path / "a.csv", rows, ("user_id", "text", "joy"))
-    annotations, _ = data.read_own(arguments(path))
+    annotations, _ = own_annotations(path)
     assert annotations.text_ids == [hashlib.sha256(text.encode()).hexdigest()[:16] for text in "ab"]
 
 
@@ -461,14 +468,12 @@ def test_context_is_what_a_users_rows_agree_on(tmp_path):
     assert data.load(arguments(path, "--labels", "joy"))[1]["val"].profiles == {}
 
 
-def test_an_input_without_labels_and_users_is_read_in_parts_of_bounded_size(tmp_path):
+def test_an_input_may_be_without_labels_and_users(tmp_path):
     path = write_csv(tmp_path / "a.csv", [(k, f"text {k % 7}") for k in range(25)], ("row", "text"))
-    table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), None, ("joy", "love"), (), ("text",))
-    assert table.label_names == () and "user_id" not in table.places
-    rows, sizes = data.read_table(table), []
-    while len(part := data.gather(itertools.islice(rows, 10), table.label_names)):
-        sizes.append((len(part), len(part.texts), part.users, part.labels.shape[1]))
-    assert sizes == [(10, 7, [None], 0), (10, 7, [None], 0), (5, 5, [None], 0)]
+    read, table = data.read_annotations([path], BY_NAME, None, ("joy", "love"), (), ("text",))
+    assert table.label_places == [] and "user_id" not in table.places
+    assert (len(read), len(read.texts), read.users) == (25, 7, [None])
+    assert read.labels.tolist() == [[False, False]] * 25
 
 
 @pytest.mark.parametrize("header, cells, labels", [
@@ -477,14 +482,13 @@ def test_an_input_without_labels_and_users_is_read_in_parts_of_bounded_size(tmp_
     (("user_id", "text", "joy", "x"), (1, 0), ())])
 def test_the_labels_of_an_input_are_read_if_they_are_those_of_the_run(tmp_path, header, cells, labels):
     path = write_csv(tmp_path / "a.csv", [("u", "a", *cells)], header)
-    table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), ["mood"], ("joy", "love"))
-    part = data.gather(data.read_table(table), table.label_names)
-    assert part.labels.tolist() == [[bool(own) for own in labels]]
+    read, table = data.read_annotations([path], BY_NAME, ["mood"], ("joy", "love"))
+    assert read.labels.tolist() == [[bool(own) for own in labels or (0, 0)]]
+    assert bool(table.label_places) == bool(labels)
     if header[2] == "mood":
         path = write_csv(tmp_path / "a.csv", [("u", "a", "fear", 1)], header)
-        table = data.open_table(path, dict(zip(data.ROLES, data.ROLES)), ["mood"], ("joy", "love"))
         with pytest.raises(ValueError, match=r"line 2: mood is 'fear', not of \['joy', 'love'\]"):
-            data.gather(data.read_table(table), table.label_names)
+            data.read_annotations([path], BY_NAME, ["mood"], ("joy", "love"))
 
 
 def test_the_command_shows_how_much_was_annotated_and_how_often_people_differ(tmp_path, capsys):
@@ -588,9 +592,9 @@ def test_cleaning_equals_a_slow_one_by_the_words_of_the_audit(block):
         stages, left, before_cut = slow_clean([(split_of[r[2]], *r[1:]) for r in rows], min_share, max_share)
         if not sum(stages[-1]):
             with pytest.raises(ValueError, match="no user"):
-                data.clean(annotations, split, min_share, max_share, seed)
+                data.clean(annotations, split, True, min_share, max_share, seed)
             continue
-        splits, report = data.clean(annotations, split, min_share, max_share, seed)
+        splits, report = data.clean(annotations, split, True, min_share, max_share, seed)
         assert [stage["rows"] for stage in report] == stages
         assert [stage["stage"] for stage in report] == list(data.STAGES)
         available = collections.Counter(before_cut)
@@ -656,7 +660,7 @@ def test_min_share_is_a_share_of_the_most_active_user_in_each_split(min_share, u
     ]
     annotations = annotations_of(rows)
     texts = {split: {row[2] for row in rows if row[2].startswith(split)} for split in data.SPLITS}
-    splits, _ = data.clean(annotations, data.assign_splits(annotations, texts), min_share, 1.0)
+    splits, _ = data.clean(annotations, data.assign_splits(annotations, texts), True, min_share, 1.0)
     assert len({row[1] for row in rows_of(splits["test"])}) == users
 
 
@@ -928,7 +932,7 @@ def test_a_blob_id_is_the_one_of_git(tmp_path):
 
 def corpus_of(server):
     return data.Corpus(
-        ("id", "rater_id", "text"),
+        {"text_id": "id", "user_id": "rater_id", "text": "text"},
         "part_*.csv",
         {"train": "train.tsv"},
         {name: (server.url, blob_id(CONTENT)) for name in ("part_1.csv", "part_2.csv", "train.tsv")},
@@ -981,8 +985,10 @@ def test_examples_are_the_users_own_of_train_never_of_the_same_text_and_stable()
     rows = [(f"{k}", f"u{k % 3}", f"t{chance.randrange(40)}", (k % 2, 1)) for k in range(200)]
     splits = {"train": annotations_of(rows), "test": annotations_of([("9", "u9", "t9", (1, 0))])}
     for follow, split in ([], "train"), ([("P1", "released")], "test"):
-        args = types.SimpleNamespace(follow=follow, method="q2s", context=None, no_user_id=False)
-        assert infer.example_pool(args, splits) == data.example_pool(splits[split])
+        args = types.SimpleNamespace(follow=follow, method="q2s", context=None, no_user_id=0, split_seed=7)
+        choose = infer.example_chooser(args, splits)
+        assert choose.args == (data.example_pool(splits[split]),)
+        assert choose.keywords == {"shots": 2, "seed": 7}
     pool = data.example_pool(annotations_of(rows))
     asked = [(f"t{k}", f"u{u}") for k in range(45) for u in range(3)]
     chosen = {ask: data.choose_examples(pool, *ask, 2, seed=1) for ask in asked}
@@ -1005,7 +1011,11 @@ def test_examples_are_the_users_own_of_train_never_of_the_same_text_and_stable()
 def test_a_tokenizer_without_an_end_token_is_refused_for_lm(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "eos_token", None, raising=False)
     with pytest.raises(ValueError, match="no end token"):
-        data.encode(tokenizer, TASK, METHODS["lm"], some_annotations(), 4096)
+        data.add_responses(data.encode(tokenizer, TASK, METHODS["lm"], some_annotations(), 4096), tokenizer)
+
+
+def chooser(pool, shots):
+    return functools.partial(data.choose_examples, pool, shots=shots)
 
 
 def test_too_few_examples_are_counted():
@@ -1014,7 +1024,7 @@ def test_too_few_examples_are_counted():
     assert {*data.choose_examples(pool, "c", "u", 2)} == {*pool["u"]}
     assert data.choose_examples(pool, "a", "stranger", 1) == ()
     annotations = annotations_of([("1", "u", "a", (1, 0)), ("2", "u", "c", (1, 0)), ("3", "v", "c", (0, 1))])
-    assert data.prompt_inputs(METHODS["q2s"], annotations, pool)[2] == 2
+    assert data.prompt_inputs(METHODS["q2s"], annotations, chooser(pool, 2))[2] == 2
 
 
 # ---- Encode ----
@@ -1041,7 +1051,7 @@ def some_annotations(texts=TEXTS, n_users=3):
 def test_ids_are_those_of_each_prompt_and_each_distinct_prompt_is_there_once(tokenizer, name):
     annotations, method = some_annotations(), METHODS[name]
     pool = data.example_pool(annotations)
-    encoded = data.encode(tokenizer, TASK, method, annotations, 4096, pool)
+    encoded = data.encode(tokenizer, TASK, method, annotations, 4096, chooser(pool, method.shots))
     prompts = []
     for text, user_id in annotations.fields():
         examples = data.choose_examples(pool, text, user_id, method.shots)
@@ -1053,14 +1063,15 @@ def test_ids_are_those_of_each_prompt_and_each_distinct_prompt_is_there_once(tok
     assert encoded.ids.dtype == np.int32 and encoded.lengths.sum() == len(encoded.ids)
     assert (encoded.labels == annotations.labels).all() and encoded.labels.dtype == np.float32
     assert encoded.n_too_few == encoded.n_shortened == 0
-    assert (encoded.response_ids is not None) == (method.family == "lm")
+    assert encoded.response_ids is None
 
 
 @pytest.mark.parametrize("train_eos", [True, False])
 def test_responses_are_sorted_labels_behind_a_line_end_and_an_eos(tokenizer, train_eos):
     """[choice.T2]: without the EOS the model is never taught to stop."""
     annotations = some_annotations()
-    encoded = data.encode(tokenizer, TASK, METHODS["lm"], annotations, 4096, train_eos=train_eos)
+    encoded = data.encode(tokenizer, TASK, METHODS["lm"], annotations, 4096)
+    data.add_responses(encoded, tokenizer, train_eos)
     for row, k in enumerate(encoded.response_index):
         expected = tokenizer("\n" + build_response(annotations.label_set(row)), add_special_tokens=False)[
             "input_ids"

@@ -106,7 +106,7 @@ def test_a_label_name_that_would_end_a_response_behind_it_is_refused(tmp_path):
     """Read alone it is itself; in "b, c" what stands behind its `##` is cut off as another prompt."""
     (tmp_path / "a.csv").write_text('text_id,user_id,text,"b\n## ",c\n1,u,a,1,1\n')
     with pytest.raises(ValueError, match="cannot be read back"):
-        data.read_annotations([tmp_path / "a.csv"], ("text_id", "user_id", "text"))
+        data.read_annotations([tmp_path / "a.csv"], {"user_id": "user_id", "text": "text"})
 
 
 def test_the_http_library_prints_no_header_that_it_cannot_read():

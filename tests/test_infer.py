@@ -147,8 +147,9 @@ def test_generated_text_says_none_where_annotations_have_no_label(tiny_dir, tmp_
     assert found["share_empty_answers"] == found["share_not_understood"] == 0 and found["n_texts"] == 4
     args = train.parse_args(arguments)
     task, splits, _ = data.load(args)
-    encoded = data.encode(lora.load_tokenizer(args.model), task, METHODS["lmp"], splits["train"], 512)
     tokenizer = lora.load_tokenizer(args.model)
+    encoded = data.encode(tokenizer, task, METHODS["lmp"], splits["train"], 512)
+    data.add_responses(encoded, tokenizer)
     targets = {tokenizer.decode(encoded.response(k)) for k in range(len(encoded.response_offsets) - 1)}
     assert targets == {f"\nnone{tokenizer.eos_token}", f"\nx{tokenizer.eos_token}"}
 

@@ -86,10 +86,10 @@ def test_processes_with_other_data_seed_or_code_refuse_to_start(tiny_dir, tmp_pa
             read = data.read_annotations
 
             def read_another(*args):
-                annotations = read(*args)
+                annotations, table = read(*args)
                 labels = annotations.labels.copy()
                 labels[::7] = labels[::7, ::-1]
-                return data.Annotations(**vars(annotations) | {"labels": labels})
+                return data.Annotations(**vars(annotations) | {"labels": labels}), table
 
             data.read_annotations = read_another
         elif rank:

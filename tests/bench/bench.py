@@ -377,7 +377,7 @@ def data_cost(model, clock, n, n_users):
         file.flush()
         before, _ = mib(reset=True, host=True)
         began = CLOCKS[clock]()
-        task, splits, _ = data.load(argparse.Namespace(dataset=file.name))
+        task, splits, _ = data.load(data.parse_args([file.name]))
         kept = [data.encode(tokenizer, task, METHODS["clsp"], part, 512) for part in splits.values()]
     assert sum(len(one.prompt_index) for one in kept) > 0.9 * n, "too few rows for so many users"
     return {"s": CLOCKS[clock]() - began, "MiB": mib(host=True)[1] - before}

@@ -94,7 +94,7 @@ def released_way(directory):
 def load(dataset, directory=None):
     import data
 
-    return data.load(argparse.Namespace(dataset=str(dataset), data_dir=directory))
+    return data.load(data.parse_args([str(dataset), *(("--data_dir", str(directory)) if directory else ())]))
 
 
 def our_way(dataset, directory=None):
