@@ -354,7 +354,8 @@ class Table:
                                  "before; --context takes columns that are the same in all rows of a user")
             yield cells[id_place] if id_place is not None else None, cells[text_place], user_id, labels, split
         if line is None:
-            raise ValueError(f"{self.path}: no row below the header")
+            kind = "annotation" if self.label_places else "text"
+            raise ValueError(f"{self.path}: no {kind} below the header")
 
 
 def check_header(path, header, columns):

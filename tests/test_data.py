@@ -141,7 +141,7 @@ HEADER = b"text_id,user_id,text,joy\n"
     "content, words",
     [
         (b"", "no column ['user_id', 'text'] in the header []"),
-        (HEADER, "no row below the header"),
+        (HEADER, "no annotation below the header"),
         (b"text_id,text,joy\n1,a,1\n", "no column ['user_id']"),
         (b"text_id,user_id,text,joy,joy\n", "['joy'] twice"),
         (b"text_id,user_id,text\n1,u,a\n", "no label column"),
