@@ -86,8 +86,8 @@ NONE = "none"  # the word for an annotation without any label
 
 def neutral_task(label_names, none=False):
     """The task of any other label set: the paper's request, without words that belong to one corpus."""
-    hint = "Analyze the text carefully to make an accurate classification."
-    return Task(tuple(sorted(label_names)), "label", hint, "label", none)
+    return Task(tuple(sorted(label_names)), "label",
+                "Analyze the text carefully to make an accurate classification.", "label", none)
 
 
 # ---- One prompt and one response (appendix A) ----
@@ -396,21 +396,16 @@ class Client:
             print(f"{self.host}: {words}; so {names[0]} is {f'sent as {other}' if other else 'left out'}")
         return True
 
-    def reserve(self, worst):
-        """Sets aside what a request may cost, or waits for those under way, that may have cost less."""
-        limit = self.args.max_cost
-        while limit is not None and self.spent + worst > limit:
-            if not self.under_way or self.stop.is_set():
-                raise ValueError(f"--max_cost {limit}: {self.spent:.4f} USD spent; up to {worst:.4f}")
-            self.changed.wait(0.1)
-        self.spent, self.under_way = self.spent + worst, self.under_way + 1
-
     def work(self, line):
         """Asks until a prompt is answered, refused or given up; returns (line, HTTP status, record)."""
-        number, wait_s, worst = 1, 0.0, self.usd(estimate(line))
+        number, wait_s, worst, limit = 1, 0.0, self.usd(estimate(line)), self.args.max_cost
         while not self.stop.wait(wait_s):
             with self.changed:
-                self.reserve(worst)
+                while limit is not None and self.spent + worst > limit:
+                    if not self.under_way or self.stop.is_set():
+                        raise ValueError(f"--max_cost {limit}: {self.spent:.4f} USD spent; up to {worst:.4f}")
+                    self.changed.wait(0.1)  # what is under way may cost less
+                self.spent, self.under_way = self.spent + worst, self.under_way + 1
             sent = {self.dialect.get(name, name): value for name, value in line["request"].items()}
             sent.pop(None, None)  # what is left out
             status, answer, wait_s = self.post(sent)
@@ -482,8 +477,7 @@ class Client:
     def ask(self, prompts, max_tokens):
         """Returns (records {prompt hash: record}, usage), after asking what the caches do not answer yet.
 
-        Shapes: prompts {prompt hash: distinct prompt}; record: see read_answer. Raises: ValueError (the
-        user's or server's no), OSError (the file); what was received is kept either way.
+        Shapes: prompts {prompt hash: distinct prompt}. Raises: ValueError, OSError; what came is kept.
         """
         args, todo = self.args, {}
         more = {"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {}
@@ -533,14 +527,13 @@ def main(argv=None):
     parser.add_argument("task", help="goemotions, unhealthy, or any name together with --labels")
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--labels", nargs="+", help="label names of the neutral template")
-    parser.add_argument("--user_id", default="37", help="(default: %(default)s)")
     parser.add_argument("--text", default="That game hurt.", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.labels and args.task not in TASKS:
         parser.error(f"no task {args.task!r}: use one of {sorted(TASKS)}, or give --labels")
     task, method = neutral_task(args.labels) if args.labels else TASKS[args.task], METHODS[args.method]
     examples = [(f"(text {k} of this user)", task.label_names[:k]) for k in range(1, method.shots + 1)]
-    print("".join(build_prompt(task, method, args.text, args.user_id, examples)))
+    print("".join(build_prompt(task, method, args.text, "37", examples)))
     return 0
 
 
