@@ -87,46 +87,46 @@ def merge_items(encoded, rows):
     """The distinct inputs of a step's annotations: k annotations of one prompt are one input of weight k.
 
     Binary cross-entropy is linear in its target, so their summed loss is that of the mean target times k.
-    Returns (prompts (K,), responses (K,) or None, weights (K,), mean targets (K, L)).
+    Returns (prompts (K,), responses (K,), of 0 for a classifier, weights (K,), mean targets (K, L)).
     """
-    prompts, responses = encoded.prompt_index[rows], encoded.response_index
-    key = prompts.astype(np.int64)
-    if responses is not None:
-        key = key * len(encoded.response_offsets) + responses[rows]
+    prompts, responses = encoded.prompt_index[rows].astype(np.int64), np.zeros(len(rows), np.int64)
+    if encoded.response_index is not None:
+        responses = encoded.response_index[rows]
+    key = prompts * (1 + responses.max(initial=0)) + responses
     _, first, inverse, weights = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
     targets = np.zeros((len(first), encoded.labels.shape[1]), np.float32)
     np.add.at(targets, inverse, encoded.labels[rows])
-    return (prompts[first], None if responses is None else responses[rows][first], weights.astype(np.float32),
-            targets / weights[:, None])
+    return prompts[first], responses[first], weights.astype(np.float32), targets / weights[:, None]
 
 
-def cls_loss(model, encoded, prompts, responses, weights, targets, prefix, device):
+def cls_loss(model, encoded, items, prefix, device):
     """Weighted sum of the binary cross-entropies of K prompts and L labels. Source: section IV-B."""
-    input_ids = to_device(data.pad([encoded.prompt(m) for m in prompts], 0), device)
-    logits = model(input_ids, to_device(encoded.lengths[prompts], device), prefix)
-    return F.binary_cross_entropy_with_logits(  # [loss.cls]
-        logits, to_device(targets, device), to_device(weights[:, None], device), reduction="sum")
+    prompts, _, weights, targets = items
+    input_ids, lengths, targets, weights = (to_device(array, device) for array in (
+        data.pad([encoded.prompt(m) for m in prompts], 0), encoded.lengths[prompts], targets,
+        weights[:, None]))  # all of them before the forward pass, whose end the host does not await
+    logits = model(input_ids, lengths, prefix)
+    return F.binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum")  # [loss.cls]
 
 
-def lm_loss(model, encoded, prompts, responses, weights, targets, prefix, device, all_positions=False):
+def lm_loss(model, encoded, items, prefix, device, all_positions=False):
     """Weighted sum of the cross-entropies of the response tokens, or of all tokens. Source: section IV-C."""
+    prompts, responses, weights, _ = items
     prompt_ids, response_ids = [encoded.prompt(m) for m in prompts], [encoded.response(k) for k in responses]
     if model.config.is_encoder_decoder:
-        inputs, starts = prompt_ids, [0] * len(prompts)
-        targets_of = response_ids
+        inputs, targets, starts = prompt_ids, response_ids, [0] * len(prompt_ids)
     else:
-        inputs = targets_of = [np.concatenate(pair) for pair in zip(prompt_ids, response_ids, strict=True)]
+        inputs = targets = [np.concatenate(pair) for pair in zip(prompt_ids, response_ids, strict=True)]
         starts = [1 if all_positions else len(ids) for ids in prompt_ids]  # [choice.T1]
         prefix = min(prefix, min(starts) - 1)
-    counts = np.array([len(ids) - start for ids, start in zip(targets_of, starts, strict=True)])
-    rows, pairs = np.repeat(np.arange(len(counts)), counts), list(zip(targets_of, starts, strict=True))
-    columns = np.concatenate([np.arange(start, len(ids)) for ids, start in pairs])
-    tokens = np.concatenate([ids[start:] for ids, start in pairs]).astype(np.int64)
-    lengths = np.array([len(ids) for ids in inputs])
-    rows, columns, tokens, lengths, weight, inputs, responses = (to_device(a, device) for a in (
-        rows, columns, tokens, lengths, weights[rows], data.pad(inputs, 0), data.pad(response_ids, 0)))
+    places = [np.arange(start, len(ids)) for ids, start in zip(targets, starts, strict=True)]
+    rows, columns = np.repeat(np.arange(len(places)), [*map(len, places)]), np.concatenate(places)
+    tokens = np.concatenate([ids[own] for ids, own in zip(targets, places, strict=True)]).astype(np.int64)
+    rows, columns, tokens, lengths, weights, inputs, responses = (to_device(array, device) for array in (
+        rows, columns, tokens, np.array([*map(len, inputs)]), weights[rows], data.pad(inputs, 0),
+        data.pad(response_ids, 0)))
     logits = lora.response_logits(model, inputs, lengths, rows, columns, responses, prefix)
-    return (F.cross_entropy(logits, tokens, reduction="none") * weight).sum()  # [loss.lm]
+    return (F.cross_entropy(logits, tokens, reduction="none") * weights).sum()  # [loss.lm]
 
 
 class Objective:
@@ -139,15 +139,14 @@ class Objective:
 
     def losses(self, encoded, rows, prefix):
         """Yields the loss of each micro-batch of this process, a sum over terms."""
-        prompts, responses, weights, targets = merge_items(encoded, rows)
+        prompts, responses, *_ = items = merge_items(encoded, rows)
         lengths, prefix = encoded.lengths[prompts], 0 if self.all_positions else prefix
-        if responses is not None and self.decoder:
+        if self.family == "lm" and self.decoder:
             lengths = lengths + np.diff(encoded.response_offsets)[responses]
         mine = np.argsort(lengths, kind="stable")[self.processes.rank:: self.processes.world_size]
         for batch in data.micro_batches(lengths, mine, self.tokens_per_batch, prefix):
-            items = (self.model, encoded, prompts[batch], None if responses is None else responses[batch],
-                     weights[batch], targets[batch], prefix, self.processes.device)
-            yield cls_loss(*items) if self.family == "cls" else lm_loss(*items, self.all_positions)
+            own = self.model, encoded, [each[batch] for each in items], prefix, self.processes.device
+            yield cls_loss(*own) if self.family == "cls" else lm_loss(*own, self.all_positions)
 
     def terms(self, encoded, rows):
         """The number of terms in the summed loss of these annotations: its normalizer, for all processes."""
@@ -178,8 +177,7 @@ class Objective:
         logits = infer.predict_scores(self.model, encoded, self.tokens_per_batch, self.processes, "", True)
         gold, scores = encoded.labels > 0, 0.5 + 0.5 * np.tanh(0.5 * logits)
         tuned, own = scores >= metrics.tune_thresholds(gold, scores), encoded.annotations
-        texts = np.unique(own.texts, return_inverse=True)[1][own.text_index]
-        auc = metrics.disagreement_auc(gold, scores, texts, own.user_index)
+        auc = metrics.disagreement_auc(gold, scores, own.text_number, own.user_index)
         pair = (torch.from_numpy(array).double() for array in (logits, encoded.labels))
         return {"val_loss": F.binary_cross_entropy_with_logits(*pair).item(),
                 "val_f1_macro": metrics.f1_macro(gold, scores >= 0.5),
@@ -237,14 +235,19 @@ def rng_of(device):
     return torch.cuda if device.type == "cuda" else torch.random
 
 
-def flat_gradients(parameters, extra=2):
-    """One buffer that holds all gradients and `extra` numbers behind them: one all-reduce for a step."""
-    buffer = torch.zeros(sum(p.numel() for p in parameters) + extra, device=parameters[0].device)
-    start = 0
-    for parameter in parameters:
-        parameter.grad = buffer[start: start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
-    return buffer
+class Learner:
+    """What learns: an objective's model by an optimizer.
+
+    All gradients lie in one buffer, with two numbers behind them: one all-reduce for a step.
+    """
+
+    def __init__(self, objective, optimizer, fp16=False):
+        self.objective, self.optimizer, self.scale, start = objective, optimizer, LossScale(fp16), 0
+        parameters = optimizer.param_groups[0]["params"]
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters) + 2, device=parameters[0].device)
+        for parameter in parameters:
+            parameter.grad = self.buffer[start: start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
 
 
 def learning_rate_at(step, total_steps, peak, warmup_ratio=0.05):
@@ -256,13 +259,14 @@ def learning_rate_at(step, total_steps, peak, warmup_ratio=0.05):
     return peak * 0.5 * (1 + math.cos(math.pi * share))  # [step.schedule]
 
 
-def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_grad_norm=1.0, stop=False):
+def train_step(learner, encoded, rows, prefix, max_grad_norm=1.0, stop=False):
     """One optimizer step on the annotations `rows`; returns (mean loss, gradient norm, stop of any process).
 
     Sum of gradients over all micro-batches and processes, unscale, clip, step; a step whose fp16 gradients
     overflow is skipped. Raises: FloatingPointError, on all processes, if the loss is not finite, or gradients
     are not at a scale of 1.
     """
+    objective, buffer, scale = learner.objective, learner.buffer, learner.scale
     objective.model.train()
     terms = objective.terms(encoded, rows)
 
@@ -286,7 +290,7 @@ def train_step(objective, optimizer, buffer, scale, encoded, rows, prefix, max_g
     scale.update(finite)
     if finite:
         gradients.mul_(min(1.0, max_grad_norm / (norm_value + 1e-6)))  # [step.clip]
-        optimizer.step()
+        learner.optimizer.step()
     return mean_loss, norm_value, stop > 0
 
 
@@ -308,9 +312,8 @@ def growth_gb(work, device):
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
-    def resident(field):
-        status = Path("/proc/self/status").read_text()
-        return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e9
+    def resident(key):
+        return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024 / 1e9
 
     lora.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
@@ -367,9 +370,9 @@ def fit_micro_batch(objective, encoded, batch_size):
 # ---- Checkpoints ----
 
 
-def save_checkpoint(directory, parameters, optimizer, state):
+def save_checkpoint(directory, optimizer, state):
     """Writes checkpoint/step-N.safetensors, one file with its own sha256, and keeps the one before it."""
-    tensors = {}
+    tensors, parameters = {}, optimizer.param_groups[0]["params"]
     for k, parameter in enumerate(parameters):
         tensors[f"parameter.{k}"] = parameter.detach()
         for name, value in optimizer.state[parameter].items():
@@ -388,7 +391,7 @@ def save_checkpoint(directory, parameters, optimizer, state):
         old.unlink()
 
 
-def load_checkpoint(directory, parameters, optimizer, processes):
+def load_checkpoint(directory, optimizer, processes):
     """Restores the newest whole checkpoint; returns its state, or None if there is none.
 
     Raises: ValueError if files are there and none is whole, or if they belong to another number of processes.
@@ -408,12 +411,12 @@ def load_checkpoint(directory, parameters, optimizer, processes):
         if state["world_size"] != processes.world_size:
             raise ValueError(f"{path} is of {state['world_size']} processes, not {processes.world_size}: "
                              f"use --nproc_per_node {state['world_size']}, or another --out")
-        for k, parameter in enumerate(parameters):
+        for k, parameter in enumerate(optimizer.param_groups[0]["params"]):
             parameter.data.copy_(tensors[f"parameter.{k}"])
             optimizer.state[parameter] = {  # none, if every step so far was skipped
                 name: tensors[f"{name}.{k}"].to(parameter.device)
                 for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in tensors}
-        rng_of(parameters[0].device).set_rng_state(tensors[f"rng.{processes.rank}"])
+        rng_of(processes.device).set_rng_state(tensors[f"rng.{processes.rank}"])
         return state
     if files:
         raise ValueError(f"no checkpoint in {directory} is whole; remove the directory to start again")
@@ -424,7 +427,7 @@ def load_checkpoint(directory, parameters, optimizer, processes):
 
 
 class Stopped(Exception):
-    """Training ended early, on a signal: (what to say, the signal)."""
+    """Training ended early, on a signal: (what to say, the exit status)."""
 
 
 def remaining_steps(encoded, args, step, total):
@@ -438,68 +441,69 @@ def remaining_steps(encoded, args, step, total):
                 yield step, rows
 
 
-def train(args, encoded, objective, optimizer, parameters, save_best):
+def train(args, encoded, learner, save_best):
     """Trains until the last step; returns the state of the best validation.
 
     encoded {"train", "val"}. After every validation: the adapter if it is the best so far, and a
     checkpoint. Raises: Stopped, with a checkpoint, on a signal; ValueError, keeping the last one, on a NaN.
     """
-    directory, rank = args.out / "checkpoint", objective.processes.rank
-    total = args.epochs * math.ceil(len(encoded["train"].prompt_index) / args.batch_size)
+    objective, optimizer, scale = learner.objective, learner.optimizer, learner.scale
+    own, directory, first = encoded["train"], args.out / "checkpoint", not objective.processes.rank
+    total = args.epochs * math.ceil(len(own.prompt_index) / args.batch_size)
     total = min(total, args.max_steps or total)
     every = max(1, math.ceil(total / args.validations))
     prefix = {name: infer.shared_prefix(objective.model, encoded[name]) for name in ("train", "val")}
-    scale, buffer = LossScale(args.dtype == "fp16"), flat_gradients(parameters)
     state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state(), "waited": 0}
-    if found := load_checkpoint(directory, parameters, optimizer, objective.processes):
-        state |= found
-        scale.value, scale.good_steps, scale.skipped = state["scale"]
-        if not rank:
-            print(f"resumed at step {state['step']} of {total}")
-    log = Log(args.out / "log.jsonl", state["step"], encoded["train"], enabled=not rank)
-    bar = tqdm(total=total, initial=state["step"], desc="train", disable=rank > 0)
+    state |= load_checkpoint(directory, optimizer, objective.processes) or {}
+    scale.value, scale.good_steps, scale.skipped = state["scale"]
+    if first and state["step"]:
+        print(f"resumed at step {state['step']} of {total}")
+    log = Log(args.out / "log.jsonl", state["step"], own, enabled=first)
+    bar = tqdm(total=total, initial=state["step"], desc="train", disable=not first)
     with StopSignal() as stop, bar:
-        for step, rows in remaining_steps(encoded["train"], args, state["step"], total):
+        for step, rows in remaining_steps(own, args, state["step"], total):
             if args.patience and state["waited"] >= args.patience:  # on all processes, and if resumed
                 bar.write(f"training ends at step {state['step']} of {total}: no better validation loss in "
-                          f"{state['waited']} validations", end="\n" if not rank else "")
+                          f"{state['waited']} validations", end="\n" if first else "")
                 break
             optimizer.param_groups[0]["lr"] = learning_rate_at(step - 1, total, args.learning_rate)
-            try:
-                loss, norm, stopped = train_step(objective, optimizer, buffer, scale, encoded["train"], rows,
-                                                 prefix["train"], args.max_grad_norm, stop.received)
-            except FloatingPointError as error:
-                raise ValueError(f"step {step}: {error}; {kept_checkpoint(directory, state)}") from None
-            log.add(rows, loss)
-            bar.update()
             validate = step % every == 0 or step == total
-            if validate or step % max(1, total // 1000) == 0:
-                log.write(step, learning_rate=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                          skipped_steps=scale.skipped)
-                bar.set_postfix(loss=f"{loss:.4f}")
-            if validate:
-                figures = objective.validate(encoded["val"], prefix["val"])
-                log.write(step, **figures)
-                if not math.isfinite(val_loss := figures["val_loss"]):
-                    raise ValueError(f"step {step}: validation loss {val_loss}; "
-                                     f"{kept_checkpoint(directory, state)}")
-                state["waited"] += 1
-                if val_loss < state["best_val_loss"]:  # [choice.T7]
-                    state |= {"best_val_loss": val_loss, "best_step": step, "waited": 0}
-                    save_best()
-                stopped = any(from_all(stop.received > 0))  # in the validation, too
+            try:
+                loss, norm, stopped = train_step(learner, own, rows, prefix["train"], args.max_grad_norm,
+                                                 stop.received)
+                log.add(rows, loss)
+                bar.update()
+                if validate or step % max(1, total // 1000) == 0:
+                    log.write(step, learning_rate=optimizer.param_groups[0]["lr"], grad_norm=norm,
+                              skipped_steps=scale.skipped)
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                if validate:
+                    figures = objective.validate(encoded["val"], prefix["val"])
+                    note_validation(log, step, figures, state, save_best)
+                    stopped = any(from_all(stop.received > 0))  # in the validation, too
+            except FloatingPointError as error:
+                kept = f"the checkpoint of step {state['step']} is kept in {directory}"
+                kept = kept if state["step"] else "there is no checkpoint yet"
+                raise ValueError(f"step {step}: {error}; {kept}; lower --learning_rate or use --dtype "
+                                 "bf16") from None
             if validate or stopped:
                 state |= {"step": step, "scale": scale.state()}
-                save_checkpoint(directory, parameters, optimizer, state)
+                save_checkpoint(directory, optimizer, state)
             if stopped:
                 raise Stopped(f"stopped at step {step} of {total}, which is saved: the same command goes on",
-                              stop.received or signal.SIGTERM)
+                              128 + (stop.received or signal.SIGTERM))
     return state
 
 
-def kept_checkpoint(directory, state):
-    return (f"the checkpoint of step {state['step']} is kept in {directory}" if state["step"] else
-            "there is no checkpoint yet") + "; lower --learning_rate or use --dtype bf16"
+def note_validation(log, step, figures, state, save_best):
+    """Logs the figures of a validation; the state and the adapter are of the best one."""
+    log.write(step, **figures)
+    if not math.isfinite(val_loss := figures["val_loss"]):
+        raise FloatingPointError(f"validation loss {val_loss}")
+    state["waited"] += 1
+    if val_loss < state["best_val_loss"]:  # [choice.T7]
+        state |= {"best_val_loss": val_loss, "best_step": step, "waited": 0}
+        save_best()
 
 
 class StopSignal:
@@ -520,14 +524,6 @@ class StopSignal:
             signal.signal(each, signal.SIG_DFL)
 
 
-def step_of(line):
-    """The step of a line of log.jsonl; infinity if the line is torn or damaged."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 class Log:
     """log.jsonl: training loss, speed and memory since the last line, and validation losses."""
 
@@ -535,8 +531,13 @@ class Log:
         self.path, self.encoded, self.enabled = path, encoded, enabled
         self.start()
         if enabled and path.exists():  # what was logged behind the checkpoint is run again
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
-            kept = "".join(line for line in lines if step_of(line) <= step)
+            def is_kept(line):
+                try:
+                    return line.endswith("\n") and json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError):  # damaged
+                    return False
+
+            kept = "".join(filter(is_kept, path.read_text(errors="replace").splitlines(keepends=True)))
             lora.write_atomically(path, lambda temporary: temporary.write_text(kept))
 
     def start(self):
@@ -580,9 +581,21 @@ def go_on_from(args, task, model, targets):
     return {"run": str(run), "sha256": lora.load_adapter(model, run)}, users
 
 
-def print_arithmetic(args, encoded, counts, processes, prefix):
+def choose_micro_batch(args, old, objective, encoded):
+    """Gives the objective its micro-batches, on auto those that fit; a run that goes on keeps its own."""
+    if args.micro_batch_tokens == "auto" and old:
+        args.micro_batch_tokens = old["arguments"]["micro_batch_tokens"]
+    elif args.micro_batch_tokens == "auto":
+        args.micro_batch_tokens, free = fit_micro_batch(objective, encoded, args.batch_size)
+        if not objective.processes.rank:
+            print(f"--micro_batch_tokens {args.micro_batch_tokens} fits into the {free:.1f} GB that are free")
+    objective.tokens_per_batch = args.micro_batch_tokens
+
+
+def print_arithmetic(args, encoded, counts, objective):
     """Says once what a step is made of."""
-    mean_length = encoded.lengths[encoded.prompt_index].mean()
+    mean_length, processes = encoded.lengths[encoded.prompt_index].mean(), objective.processes
+    prefix = infer.shared_prefix(objective.model, encoded)
     share = math.ceil(args.batch_size / processes.world_size)
     batches = math.ceil(share / max(1, (args.micro_batch_tokens - prefix) // (mean_length - prefix)))
     print("{:,} parameters in the base, {:,} of them in NF4; {:,} train".format(*counts))
@@ -608,28 +621,20 @@ def run(args, processes):
     if args.gradient_checkpointing:
         lora.recompute_layers(model)
     origin, known = go_on_from(args, task, model, targets) if args.init_adapter else (None, {})
-    parameters = [p for p in model.parameters() if p.requires_grad]
     check_processes_agree(args, encoded, model)
     if old:
         infer.check_inputs(args.out, old, report, model)
         if origin != old.get("init_adapter"):
             raise ValueError(f"--init_adapter {args.init_adapter} is not the run that {args.out} began with")
     objective = Objective(model, method.family, 10**9, processes, infer.follows(args)["T1"] == "paper")
-    if args.micro_batch_tokens == "auto" and old:
-        args.micro_batch_tokens = old["arguments"]["micro_batch_tokens"]
-    elif args.micro_batch_tokens == "auto":
-        args.micro_batch_tokens, free = fit_micro_batch(objective, encoded["train"], args.batch_size)
-        say(f"--micro_batch_tokens {args.micro_batch_tokens} fits into the {free:.1f} GB that are free")
-    objective.tokens_per_batch = args.micro_batch_tokens
+    choose_micro_batch(args, old, objective, encoded["train"])
     if first:
         counts = lora.count_parameters(model)
-        print_arithmetic(args, encoded["train"], counts, processes,
-                         infer.shared_prefix(model, encoded["train"]))
+        print_arithmetic(args, encoded["train"], counts, objective)
         if not old:
             record = infer.describe_run(args, report, model, task, splits["train"])
-            record["users"] = known | record["users"]
             infer.write_json(args.out / "run.json", record | {
-                "world_size": processes.world_size, "init_adapter": origin,
+                "users": known | record["users"], "world_size": processes.world_size, "init_adapter": origin,
                 "parameters": dict(zip(("base", "quantized", "trainable"), counts, strict=True))})
 
     def save_best():
@@ -637,8 +642,9 @@ def run(args, processes):
             lora.save_adapter(model, args.out, args.model, method.family, args.commit or args.revision)
 
     torch.manual_seed(args.seed + 1 + processes.rank)  # dropout differs between processes
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
-    state = train(args, encoded, objective, optimizer, parameters, save_best)
+    state = train(args, encoded, Learner(objective, optimizer, args.dtype == "fp16"), save_best)
     say(f"best validation loss {state['best_val_loss']:.4f} at step {state['best_step']}")
     if first:
         infer.amend_record(args.out, steps=state["step"], best_step=state["best_step"])
@@ -683,29 +689,25 @@ def main(argv=None):
         processes = start_processes()
         run(args, processes)
         together, code = True, 0
-    except (ValueError, OSError) as error:
-        print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {error}", file=sys.stderr)
-        code = 2
-    except torch.OutOfMemoryError as error:
-        print(f"error on process {processes.rank}: {str(error).splitlines()[0]} "
-              "Lower --micro_batch_tokens or use --gradient_checkpointing", file=sys.stderr)
-        code = 2
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        words, code = str(error), 2
+        if isinstance(error, torch.OutOfMemoryError):
+            words = f"{words.splitlines()[0]} Lower --micro_batch_tokens or use --gradient_checkpointing"
+        print(f"error{f' on process {processes.rank}' if processes.rank else ''}: {words}", file=sys.stderr)
     except SystemExit:
         code = 2  # another process has said why
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as stop:
+        together = isinstance(stop, Stopped)
+        words, code = stop.args if together else (
+            "interrupted: the same command goes on from the last checkpoint", 130)
         if not processes.rank:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        code = 130
+            print(words, file=sys.stderr)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(words in str(error) for words in LOST):
             raise
         print(f"error on process {processes.rank}: another process of this run ended or cannot be reached "
               f"({str(error).splitlines()[0]}): the same command goes on from the last checkpoint",
               file=sys.stderr)
-    except Stopped as stopped:
-        if not processes.rank:
-            print(stopped.args[0], file=sys.stderr)
-        together, code = True, 128 + stopped.args[1]
     finally:
         if dist.is_initialized() and not together:  # to destroy the group would be to wait for the others
             if sys.exc_info()[0]:

@@ -254,8 +254,7 @@ def one_step(model, family, encoded, tokens, dtype):
     objective = train.Objective(model, family, 10**9, infer.Processes(0, 1, CUDA))
     objective.tokens_per_batch = tokens or train.fit_micro_batch(objective, encoded, 32)[0]
     rows, prefix = np.arange(len(encoded.prompt_index))[:32], infer.shared_prefix(model, encoded)
-    train.train_step(objective, optimizer, train.flat_gradients(parameters), train.LossScale(dtype == "fp16"),
-                     encoded, rows, prefix)
+    train.train_step(train.Learner(objective, optimizer, dtype == "fp16"), encoded, rows, prefix)
     return objective
 
 

@@ -217,14 +217,14 @@ def load_checkpoint(rng, work):
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         state = {"step": step, "best_val_loss": 1 / step, "best_step": step, "scale": [1.0, 0, 0]}
-        train.save_checkpoint(directory, parameters, optimizer, state)
+        train.save_checkpoint(directory, optimizer, state)
         written[step] = state | {"world_size": 1}, [parameter.detach().clone() for parameter in parameters]
     older, newest = sorted(directory.iterdir())
     spoil_tensors(rng, newest)
     if alone := rng.random() < 0.3:
         older.unlink()
     try:
-        state = train.load_checkpoint(directory, parameters, optimizer, infer.ALONE)
+        state = train.load_checkpoint(directory, optimizer, infer.ALONE)
     except ValueError:
         assert alone, "the whole checkpoint before it was not used"
         return False

@@ -42,11 +42,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used_whatever_the_b
     for state in states:
         parameters[0].grad = torch.randn(4, 4)
         optimizer.step()
-        train.save_checkpoint(tmp_path, parameters, optimizer, state)
+        train.save_checkpoint(tmp_path, optimizer, state)
     newest, last = tmp_path / "step-00000002.safetensors", parameters[0].detach().clone()
     for damaged in damages(newest.read_bytes(), 600):
         newest.write_bytes(damaged)
-        state = train.load_checkpoint(tmp_path, parameters, optimizer, infer.ALONE)
+        state = train.load_checkpoint(tmp_path, optimizer, infer.ALONE)
         if f"{newest} is broken" in capsys.readouterr().err:
             assert state["step"] == 1
         else:  # the byte means nothing
@@ -76,12 +76,12 @@ def test_a_checkpoint_whose_header_has_another_dtype_or_shape_is_named(tmp_path,
     optimizer = torch.optim.AdamW(parameters)
     parameters[0].grad = torch.ones(4, 4)
     optimizer.step()
-    train.save_checkpoint(tmp_path, parameters, optimizer, {"step": 1})
+    train.save_checkpoint(tmp_path, optimizer, {"step": 1})
     (path,) = tmp_path.iterdir()
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
     with pytest.raises(ValueError, match="no checkpoint in"):
-        train.load_checkpoint(tmp_path, parameters, optimizer, infer.ALONE)
+        train.load_checkpoint(tmp_path, optimizer, infer.ALONE)
     assert f"{path} is broken" in capsys.readouterr().err
 
 

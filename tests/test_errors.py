@@ -35,9 +35,9 @@ def test_a_checkpoint_of_another_number_of_processes_says_which(tmp_path):
     optimizer = torch.optim.AdamW(parameters)
     parameters[0].grad = torch.ones(2)
     optimizer.step()
-    train.save_checkpoint(tmp_path, parameters, optimizer, {"step": 1})
+    train.save_checkpoint(tmp_path, optimizer, {"step": 1})
     with pytest.raises(ValueError, match="of 1 processes, not 2: use --nproc_per_node 1"):
-        train.load_checkpoint(tmp_path, parameters, optimizer, infer.Processes(0, 2))
+        train.load_checkpoint(tmp_path, optimizer, infer.Processes(0, 2))
 
 
 def test_a_run_is_not_resumed_on_other_data(tiny_dir, tmp_path, capsys):

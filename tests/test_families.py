@@ -184,12 +184,10 @@ def test_three_steps_lower_the_loss_and_do_not_depend_on_the_prefix(made, family
     encoded = some_annotations()
     for shared in (True, False):
         model = with_lora(directory, method)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer, buffer = torch.optim.AdamW(parameters, lr=5e-3), train.flat_gradients(parameters)
         prefix = infer.shared_prefix(model, encoded) if shared else 0
-        objective, scale = train.Objective(model, method, 4096), train.LossScale(False)
-        losses.append([train.train_step(objective, optimizer, buffer, scale, encoded, np.arange(5), prefix)[0]
-                       for _ in range(3)])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        learner = train.Learner(train.Objective(model, method, 4096), optimizer)
+        losses.append([train.train_step(learner, encoded, np.arange(5), prefix)[0] for _ in range(3)])
         if not prefix:
             break
     assert losses[0][2] < losses[0][0]

@@ -41,7 +41,7 @@ def two_checkpoints(directory):
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         state = {"step": step, "best_val_loss": 0.5, "best_step": 1, "scale": [1.0, 0, 0]}
-        train.save_checkpoint(directory, parameters, optimizer, state)
+        train.save_checkpoint(directory, optimizer, state)
     return parameters, optimizer
 
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_whose_state_is_not_what_was_written_is_broken(tmp_path, ca
         newest.write_bytes(newest.read_bytes().replace(b"best_val_loss\\\": 0.5", b"best_val_loss\\\": 0.1"))
     else:
         save_file(load_file(newest), newest)
-    state = train.load_checkpoint(tmp_path, parameters, optimizer, infer.ALONE)
+    state = train.load_checkpoint(tmp_path, optimizer, infer.ALONE)
     assert (state["step"], state["best_val_loss"]) == (1, 0.5)
     assert f"{newest} is broken" in capsys.readouterr().err
 

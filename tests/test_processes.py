@@ -54,11 +54,11 @@ def at_step(step, change):
     """train.train_step, with change(objective) before the given step."""
     steps, original = [], train.train_step
 
-    def train_step(objective, *args):
+    def train_step(learner, *args):
         steps.append(1)
         if len(steps) == step:
-            change(objective)
-        return original(objective, *args)
+            change(learner.objective)
+        return original(learner, *args)
 
     return train_step
 

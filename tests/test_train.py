@@ -292,25 +292,15 @@ def one_step(network, encoded, scale_value, max_grad_norm=1e-3):
     """The trainable parameters after one step with this loss scale, starting from the same weights."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    scale = train.LossScale(True)
-    scale.value = scale_value
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    result = train.train_step(
-        train.Objective(network, "cls", 4096),
-        optimizer,
-        train.flat_gradients(parameters),
-        scale,
-        encoded,
-        np.arange(8),
-        0,
-        max_grad_norm,
-    )
+    learner = train.Learner(train.Objective(network, "cls", 4096), torch.optim.SGD(parameters, lr=1.0), True)
+    learner.scale.value = scale_value
+    result = train.train_step(learner, encoded, np.arange(8), 0, max_grad_norm)
     after = torch.cat([(p.detach() - old).flatten() for p, old in zip(parameters, before, strict=True)])
     with torch.no_grad():
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old)
             parameter.grad = None
-    return after, result, scale
+    return after, result, learner.scale
 
 
 def test_clipping_does_not_depend_on_the_loss_scale(prepared):
@@ -336,12 +326,11 @@ def test_gradients_that_are_nan_at_every_scale_stop_the_run(prepared):
     _, network, encoded = prepared()
     parameters = [p for p in network.parameters() if p.requires_grad]
     hook = parameters[0].register_hook(lambda gradient: gradient * float("nan"))
-    objective, buffer = train.Objective(network, "cls", 4096), train.flat_gradients(parameters)
-    optimizer, scale = torch.optim.AdamW(parameters), train.LossScale(True)
+    learner = train.Learner(train.Objective(network, "cls", 4096), torch.optim.AdamW(parameters), True)
     with pytest.raises(FloatingPointError, match=r"gradient norm nan, process \[0\]"):
         for _ in range(30):
-            train.train_step(objective, optimizer, buffer, scale, encoded, np.arange(4), 0)
-    assert scale.skipped == 16 and scale.value == 1
+            train.train_step(learner, encoded, np.arange(4), 0)
+    assert learner.scale.skipped == 16 and learner.scale.value == 1
     hook.remove()
 
 
@@ -437,10 +426,9 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_smaller_micro_bat
 
     def step(tokens):
         torch.manual_seed(5)
-        objective, buffer = train.Objective(network, "cls", tokens), train.flat_gradients(parameters)
-        train.train_step(objective, torch.optim.SGD(parameters, lr=0.0), buffer, train.LossScale(False),
-                         encoded, np.arange(8, 24), 0, 1e30)
-        return objective.tokens_per_batch, buffer, torch.get_rng_state()
+        learner = train.Learner(train.Objective(network, "cls", tokens), torch.optim.SGD(parameters, lr=0.0))
+        train.train_step(learner, encoded, np.arange(8, 24), 0, 1e30)
+        return learner.objective.tokens_per_batch, learner.buffer, torch.get_rng_state()
 
     with monkeypatch.context() as patch:
         rows_of = out_of_memory_above(network, patch, 5)
@@ -481,10 +469,10 @@ def test_a_run_with_auto_micro_batches_says_and_records_what_fits(tiny_dir, tmp_
 def test_a_checkpoint_before_the_first_step_that_counts_is_resumed(tmp_path):
     """In fp16 every step so far may have overflowed: there is no optimizer state yet (KeyError once)."""
     weights = [torch.nn.Parameter(torch.ones(3))]
-    train.save_checkpoint(tmp_path, weights, torch.optim.AdamW(weights), {"step": 4})
+    train.save_checkpoint(tmp_path, torch.optim.AdamW(weights), {"step": 4})
     other = [torch.nn.Parameter(torch.zeros(3))]
     optimizer = torch.optim.AdamW(other, lr=0.5, weight_decay=0.0)
-    assert train.load_checkpoint(tmp_path, other, optimizer, infer.ALONE)["step"] == 4
+    assert train.load_checkpoint(tmp_path, optimizer, infer.ALONE)["step"] == 4
     other[0].grad = torch.ones(3)
     optimizer.step()
     assert torch.allclose(other[0], torch.full((3,), 0.5))  # Adam's first step is the learning rate

@@ -68,7 +68,7 @@ def test_a_pickled_optimizer_state_is_a_broken_checkpoint_and_is_never_unpickled
     for name in ("step-00000001.safetensors", "optimizer.pt", "step-00000002.pt"):
         torch.save({"state": Bomb()}, tmp_path / name)
     with pytest.raises(ValueError, match="no checkpoint .* is whole"):
-        train.load_checkpoint(tmp_path, parameters, optimizer, infer.ALONE)
+        train.load_checkpoint(tmp_path, optimizer, infer.ALONE)
     assert "step-00000001.safetensors is broken" in capsys.readouterr().err
 
 

@@ -115,13 +115,13 @@ def ours(given, prefix=None, all_positions=False):
     parameters = [p for p in model.parameters() if p.requires_grad]
     objective = train.Objective(model, given.family, args.micro_batch_tokens, PROCESS, all_positions)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
-    buffer, scale = train.flat_gradients(parameters), train.LossScale(args.dtype == "fp16")
+    learner = train.Learner(objective, optimizer, args.dtype == "fp16")
     prefix = data.shared_prefix(encoded) if prefix is None else prefix
 
     def steps(batches):
         began = CLOCKS[given.clock]()
         for rows in batches:
-            train.train_step(objective, optimizer, buffer, scale, encoded, rows, prefix)
+            train.train_step(learner, encoded, rows, prefix)
         return CLOCKS[given.clock]() - began
 
     return model, steps
