@@ -449,8 +449,7 @@ def train(args, encoded, learner, save_best):
     """
     objective, optimizer, scale = learner.objective, learner.optimizer, learner.scale
     own, directory, first = encoded["train"], args.out / "checkpoint", not objective.processes.rank
-    total = args.epochs * math.ceil(len(own.prompt_index) / args.batch_size)
-    total = min(total, args.max_steps or total)
+    total = min(args.epochs * math.ceil(len(own.prompt_index) / args.batch_size), args.max_steps or math.inf)
     every = max(1, math.ceil(total / args.validations))
     prefix = {name: infer.shared_prefix(objective.model, encoded[name]) for name in ("train", "val")}
     state = {"step": 0, "best_val_loss": math.inf, "best_step": 0, "scale": scale.state(), "waited": 0}
@@ -482,8 +481,8 @@ def train(args, encoded, learner, save_best):
                     note_validation(log, step, figures, state, save_best)
                     stopped = any(from_all(stop.received > 0))  # in the validation, too
             except FloatingPointError as error:
-                kept = f"the checkpoint of step {state['step']} is kept in {directory}"
-                kept = kept if state["step"] else "there is no checkpoint yet"
+                kept = f"the checkpoint of step {saved} is kept in {directory}" if (
+                    saved := state["step"]) else "there is no checkpoint yet"
                 raise ValueError(f"step {step}: {error}; {kept}; lower --learning_rate or use --dtype "
                                  "bf16") from None
             if validate or stopped:
