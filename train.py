@@ -465,7 +465,7 @@ def train(args, encoded, learner, save_best):
                 bar.write(f"training ends at step {state['step']} of {total}: no better validation loss in "
                           f"{state['waited']} validations", end="\n" if first else "")
                 break
-            optimizer.param_groups[0]["lr"] = learning_rate_at(step - 1, total, args.learning_rate)
+            rate = optimizer.param_groups[0]["lr"] = learning_rate_at(step - 1, total, args.learning_rate)
             validate = step % every == 0 or step == total
             try:
                 loss, norm, stopped = train_step(learner, own, rows, prefix["train"], args.max_grad_norm,
@@ -473,8 +473,7 @@ def train(args, encoded, learner, save_best):
                 log.add(rows, loss)
                 bar.update()
                 if validate or step % max(1, total // 1000) == 0:
-                    log.write(step, learning_rate=optimizer.param_groups[0]["lr"], grad_norm=norm,
-                              skipped_steps=scale.skipped)
+                    log.write(step, learning_rate=rate, grad_norm=norm, skipped_steps=scale.skipped)
                     bar.set_postfix(loss=f"{loss:.4f}")
                 if validate:
                     figures = objective.validate(encoded["val"], prefix["val"])
