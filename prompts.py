@@ -194,7 +194,7 @@ RENAMED = {"max_tokens": "max_completion_tokens"}  # a parameter that is refused
 BYTES_PER_TOKEN = 4  # of an estimate: 4.2 to 5.0 by GPT-4's tokenizer (cl100k) on the paper's prompts
 CHAT_TOKENS = 8  # what the chat format adds to one message: 7 at OpenAI
 BACKOFF_S, BACKOFF_CAP_S, RETRY_AFTER_CAP_S = 1.0, 60.0, 120.0
-STOP_AFTER_FAILURES = 20  # prompts in a row that failed in spite of their retries, or were forbidden
+STOP_AFTER_FAILURES = 20  # prompts in a row that failed in spite of their retries, or that met one 403
 STOP_AFTER_USELESS = 5  # first prompts that are all refused, or whose answers are all empty or cut
 STREAM = re.compile(r"\s*(?:data|event|id|retry)?:")
 TOO_LONG = re.compile(r"context.?length|too (?:large|long|many)", re.I)  # so it is not about a parameter
@@ -300,8 +300,8 @@ class Client:
         self.others = [Path(directory, "answers.jsonl") for directory in args.cache_from or ()]
         if lost := [str(path) for path in self.others if not path.is_file()]:
             raise FileNotFoundError(f"--cache_from: no {', '.join(lost)}; give the --out of another query")
-        self.usage = {"requests": 0, "retries": 0, "failed": 0}
-        self.dialect, self.records = {}, {}  # parameter -> its name here, None if left out; prompt hash ->
+        self.usage, self.records = {"requests": 0, "retries": 0, "failed": 0}, {}
+        self.dialect = {}  # parameter -> its name here, None if it is left out
         self.reached = self.settled = self.proof = None  # by a reply, an answer; a line of use
         self.spent, self.under_way, self.useless, self.in_a_row, self.common = 0.0, 0, 0, 0, None
         self.stop, self.changed = threading.Event(), threading.Condition()
@@ -313,7 +313,7 @@ class Client:
         self.secret = re.compile(secret if len(key) >= 8 else "(?!)", re.I)  # a short "EMPTY" is no secret
 
     def post(self, body):
-        """Returns (HTTP status or 0, answer, seconds to wait). Raises: ValueError if no retry helps."""
+        """Returns (HTTP status or 0, answer, record, seconds to wait). Raises: ValueError: no retry helps."""
         status, headers, content, ends = 0, {}, b"", time.monotonic() + sum(self.timeouts)
         try:  # no session: it would read the environment for each request, and take a key from ~/.netrc
             sent = requests.Request("POST", f"{self.api_base}/chat/completions", self.headers, json=body)
@@ -335,14 +335,15 @@ class Client:
         page = not self.reached and status < 500 and re.match(r"\s*<(?:!doctype|html)", text, re.I)
         self.reached = self.reached or status > 0
         if status == 200 and record["status"] != "failed" or status in REFUSED and not page:
-            return status, answer, 0.0
+            return status, answer, record, 0.0
         words = one_line(self.secret.sub("[key]", headers.get("Location") or record["error"]))
         words = f"{self.host}: HTTP {status or '(no answer)'}: {words}"
         spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
         if page or spent or status < 500 and status not in (0, 200, 408, 409, 429):
             raise ValueError(words + bool(page) * "; a web page: does --api_base lack a /v1 at its end?")
-        asked = re.fullmatch(r"\d+(?:\.\d+)?", headers.get("Retry-After", ""))
-        return status, {"error": words}, min(float(asked[0]), RETRY_AFTER_CAP_S) if asked else 0.0
+        asked, answer = re.fullmatch(r"\d+(?:\.\d+)?", headers.get("Retry-After", "")), {"error": words}
+        wait_s = min(float(asked[0]), RETRY_AFTER_CAP_S) if asked else 0.0
+        return status, answer, read_answer(answer, status), wait_s
 
     def read_cache(self, path, todo):
         """Takes the answers to todo {key: line} from a file; what they cost counts if it is this run's."""
@@ -358,7 +359,7 @@ class Client:
                         record, prompt_hash = read_answer(line["answer"], status), asked["prompt_hash"]
                         self.spent += self.cost(status, record, asked) * (path == self.cache)
                         if status == 403 and at(self.records, prompt_hash, "status") == "answered":
-                            lost.add(record["error"])  # see judge
+                            lost.add(record["error"])  # it was the key: see judge
                         elif line["status"] != "failed":
                             self.records[prompt_hash] = record
                             bases.add(line["api_base"])
@@ -408,15 +409,15 @@ class Client:
                 self.spent, self.under_way = self.spent + worst, self.under_way + 1
             sent = {self.dialect.get(name, name): value for name, value in line["request"].items()}
             sent.pop(None, None)  # what is left out
-            status, answer, wait_s = self.post(sent)
-            record, now = read_answer(answer, status), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            status, answer, record, wait_s = self.post(sent)
             with self.changed:
                 self.changed.notify_all()
                 self.under_way -= 1
                 self.spent += self.cost(status, record, line) - worst
                 adapted = self.adapt(status, answer, record["error"], sent)
                 record["status"] = "failed" if adapted else record["status"]
-                written = line | {"request": sent, "dialect": self.dialect, "attempt": number, "time": now,
+                written = line | {"request": sent, "dialect": self.dialect, "attempt": number,
+                                  "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                                   "status": record["status"], "http_status": status, "answer": answer}
                 written["crc32"] = zlib.crc32(json.dumps(written).encode())
                 raw = json.dumps(written).encode() + b"\n"
@@ -427,8 +428,7 @@ class Client:
                 self.usage["retries"] += number > 1
                 self.settled = self.settled or status == 200 and record["status"] != "failed"
             if not adapted:
-                retries = self.args.max_retries if self.reached else min(2, self.args.max_retries)
-                if record["status"] != "failed" or number > retries:
+                if record["status"] != "failed" or number > (self.args.max_retries if self.reached else 2):
                     return line, status, record
                 jitter_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (number - 1)))
                 number, wait_s = number + 1, max(wait_s, jitter_s)
@@ -436,7 +436,7 @@ class Client:
     def judge(self, line, status, record):
         """Raises: ValueError if after this prompt there is no point in asking for another one."""
         failed, words = record["status"] == "failed", record["error"]
-        common = failed or status == 403 and words  # to it and those before it
+        common = failed or status == 403 and words  # to it and the ones before
         self.in_a_row = self.in_a_row * (common == self.common) + bool(common)
         self.common, self.usage["failed"] = common, self.usage["failed"] + failed
         self.proof = line if record["useful"] else self.proof
@@ -514,11 +514,11 @@ class Client:
         """Says what the lines would cost."""
         tokens = [sum(estimate(line, BYTES_PER_TOKEN)[k] for line in left) for k in (0, 1)]
         cost = f"{self.usd(tokens):.2f} USD" if self.prices else "cost unknown without --price_in"
+        thoughts = "\nthoughts come on top and cost as much as an answer's tokens: --reasoning_effort none"
         print(f"dry run: {self.usage['prompts']} distinct requests to {self.args.model}, {len(self.records)} "
               f"cached, {len(left)} to send; estimated: {tokens[0]} prompt tokens ({BYTES_PER_TOKEN} bytes "
-              f"each), at most {tokens[1]} completion tokens, {cost}")
-        if self.args.reasoning_effort != "none":
-            print("thoughts come on top and cost as much as an answer's tokens: --reasoning_effort none")
+              f"each), at most {tokens[1]} completion tokens, {cost}"
+              + thoughts * (self.args.reasoning_effort != "none"))
 
 
 def main(argv=None):

@@ -255,12 +255,13 @@ def post(rng, work):
     answered = types.SimpleNamespace(status_code=status, iter_content=lambda _: [raw], headers=headers)
     client.adapter.send = lambda *_, **__: contextlib.nullcontext(answered)
     try:
-        code, answer, wait_s = client.post({})
+        code, answer, returned, wait_s = client.post({})
     except ValueError as error:
         assert str(error).isprintable() and KEY not in str(error) and 0 < status < 500
         return False
     record, text = prompts.read_answer(answer, code), json.dumps(answer, allow_nan=False)
     assert code == status and 0 <= wait_s <= prompts.RETRY_AFTER_CAP_S and KEY not in text
+    assert returned == record
     assert (record["status"] == "answered") == bool((record["response"] or "").strip())
     assert record["status"] != "answered" or status == 200 and not (refused and raw == whole)
     return record["status"] != "failed"
