@@ -10,6 +10,7 @@ Does not tokenize (data.py), and asks no local model (infer.py).
 """
 
 import argparse
+import email.utils
 import fcntl
 import hashlib
 import json
@@ -273,6 +274,16 @@ def join_stream(text):
     return answer | {"choices": [choice | {"message": message}]}
 
 
+def retry_after_s(value):
+    """Seconds of a Retry-After header, a number or an HTTP date: 0 if it is neither, and with a cap."""
+    try:
+        seconds = (float(value) if value[:1].isdigit()
+                   else email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP_S)
+
+
 def estimate(line, bytes_per_token=1):
     """Tokens (in, out) of a line's request: an upper bound, since a byte-level token is at least a byte."""
     size = len(line["request"]["messages"][0]["content"].encode("utf-8", "surrogatepass"))
@@ -341,9 +352,8 @@ class Client:
         spent = status == 429 and "insufficient_quota" in text  # OpenAI: an account without money, not haste
         if page or spent or status < 500 and status not in (0, 200, 408, 409, 429):
             raise ValueError(words + bool(page) * "; a web page: does --api_base lack a /v1 at its end?")
-        asked, answer = re.fullmatch(r"\d+(?:\.\d+)?", headers.get("Retry-After", "")), {"error": words}
-        wait_s = min(float(asked[0]), RETRY_AFTER_CAP_S) if asked else 0.0
-        return status, answer, read_answer(answer, status), wait_s
+        answer = {"error": words}
+        return status, answer, read_answer(answer, status), retry_after_s(headers.get("Retry-After", ""))
 
     def read_cache(self, path, todo):
         """Takes the answers to todo {key: line} from a file; what they cost counts if it is this run's."""
@@ -400,6 +410,7 @@ class Client:
     def work(self, line):
         """Asks until a prompt is answered, refused or given up; returns (line, HTTP status, record)."""
         number, wait_s, worst, limit = 1, 0.0, self.usd(estimate(line)), self.args.max_cost
+        retries = self.args.max_retries
         while not self.stop.wait(wait_s):
             with self.changed:
                 while limit is not None and self.spent + worst > limit:
@@ -428,7 +439,7 @@ class Client:
                 self.usage["retries"] += number > 1
                 self.settled = self.settled or status == 200 and record["status"] != "failed"
             if not adapted:
-                if record["status"] != "failed" or number > (self.args.max_retries if self.reached else 2):
+                if record["status"] != "failed" or number > (retries if self.reached else min(2, retries)):
                     return line, status, record
                 jitter_s = random.uniform(0.0, min(BACKOFF_CAP_S, BACKOFF_S * 2 ** (number - 1)))
                 number, wait_s = number + 1, max(wait_s, jitter_s)

@@ -1,6 +1,7 @@
 """The API client of prompts.py against a server on 127.0.0.1 that plays every fault."""
 
 import contextlib
+import email.utils
 import gzip
 import http.server
 import json
@@ -294,6 +295,12 @@ class Event(threading.Event):
     def wait(self, timeout=None):
         self.waited.append(timeout)
         return self.is_set()
+
+
+def test_retry_after_may_be_a_date():
+    for ahead_s, least, most in ((30, 25, 30), (-30, 0, 0), (86400, 120, 120)):
+        date = email.utils.formatdate(time.time() + ahead_s, usegmt=True)
+        assert least <= script.retry_after_s(date) <= most
 
 
 @pytest.mark.parametrize("value, waits", [
