@@ -175,7 +175,7 @@ def load_tokenizer(args):
             commit = commit or old.get("model_commit")
         commit = commit or lora.commit_of(args.model, args.revision)
         tokenizer = lora.load_tokenizer(args.model, commit or args.revision)
-        config = lora.load_config(args.model, commit or args.revision)
+        config = lora.load_config(args.model, commit or args.revision, lora.DTYPES[args.dtype])
         tokenizer.n_embeddings = getattr(config, "vocab_size", math.inf)
         return commit, tokenizer
 
@@ -963,7 +963,7 @@ def use_run(args, given, device):
 
 def query_model(args, device):
     """Asks an untrained local model; returns the metrics of what it answers."""
-    lora.check_by_name(args.model, args.dtype, device)
+    lora.check_by_name(args.model, device)
     tokenizer = load_tokenizer(args)  # a wrong name is told before any work
     lock, old = claim_out(args)
     if is_finished(args, old, args.split):

@@ -37,15 +37,9 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_lo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -59,6 +53,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: wha
 import bitsandbytes.functional as bnb  # noqa: E402
 from bitsandbytes import matmul_4bit  # noqa: E402
 
+LORA = ("r", "lora_alpha", "lora_dropout", "target_modules")  # peft's names
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODELS = {  # name: (hub id [choice.T9], compute dtype of section VI-C, billion parameters)
     "mistral": ("mistralai/Mistral-7B-Instruct-v0.2", "fp16", 7.2),
@@ -152,6 +147,40 @@ class SharedDropout(nn.Module):
         self.source = self.dropped = None
 
 
+def cast_together(model, dtype):
+    """Lets a pass through a model cast its LoRA weights in one buffer, and its backward add to .grad at once.
+
+    It is as exact, sums are in fp32, and saves three launches for each weight, a sixth of all.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
+
+    def parts(flat):
+        pairs = zip(flat.split([weight.numel() for weight in weights]), weights, strict=True)
+        return [part.view_as(weight) for part, weight in pairs]
+
+    def add(flat):
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        torch._foreach_add_([weight.grad for weight in weights], parts(flat.grad))
+
+    def cast(*_):
+        flat = torch.cat([weight.detach().flatten() for weight in weights])
+        if torch.is_grad_enabled():
+            flat.requires_grad_().register_post_accumulate_grad_hook(add)
+        halves = parts(flat.to(dtype))
+        for k, layer in enumerate(layers):
+            layer.cast = halves[2 * k: 2 * k + 2]
+
+    def release(*_):
+        for layer in layers:
+            layer.cast = None
+
+    if layers:  # else T5's encoder, of which nothing is a target
+        model.register_forward_pre_hook(cast)
+        model.register_forward_hook(release, always_call=True)
+
+
 class LoRALinear(nn.Module):
     """h = W0 x + (alpha / r) B A x, with W0 frozen.
 
@@ -164,17 +193,15 @@ class LoRALinear(nn.Module):
     def __init__(self, base, r, lora_alpha, dropout, device):
         super().__init__()
         self.base = base
-        self.scaling = lora_alpha / r
-        self.dropout = dropout
+        self.scaling, self.dropout, self.cast = lora_alpha / r, dropout, None
         drawn = nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5))  # on the CPU:
         self.lora_A = nn.Parameter(drawn.to(device))  # the same on unlike devices
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # B A = 0 at the start
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
-        h = self.base(rows)
-        z = F.linear(self.dropout(x).reshape(rows.shape), self.lora_A.to(x.dtype))
-        h.addmm_(z, self.lora_B.to(x.dtype).t(), alpha=self.scaling)  # [lora.3], in place
+        h, (A, B) = self.base(rows), self.cast or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        h.addmm_(F.linear(self.dropout(x).reshape(rows.shape), A), B.t(), alpha=self.scaling)  # [lora.3]
         return h.view(*x.shape[:-1], -1)
 
 
@@ -195,33 +222,25 @@ def add_lora(model, r=2, lora_alpha=32, lora_dropout=0.05, target_modules=None, 
     if not targets or (missing := sorted(targets - present)):
         what = f"--target_modules {missing} match no" if targets else "there is no"
         raise ValueError(f"{what} linear layer of {name}; it has {sorted(present)}")
-    device, dropouts = next(model.parameters()).device, {}
+    first, dropouts = next(model.parameters()), {}
     for key, module in linear.items():
         parent, _, child = key.rpartition(".")
         if child in targets:
             if parent not in dropouts:
                 dropouts[parent] = SharedDropout(lora_dropout, model.get_submodule(parent))
-            model.set_submodule(key, LoRALinear(module, r, lora_alpha, dropouts[parent], device))
+            model.set_submodule(key, LoRALinear(module, r, lora_alpha, dropouts[parent], first.device))
+    for part in model.modules() if first.dtype != torch.float32 else ():
+        if isinstance(part, PreTrainedModel):
+            cast_together(part, first.dtype)
     for key in model.last_layer if model.last_layer_trains else ():
-        move(last := copy.deepcopy(model.get_submodule(key)), device)
+        train_in_fp32(last := copy.deepcopy(model.get_submodule(key)), first.device)
         last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         model.set_submodule(key, last)
-    model.lora = {"r": r, "target_modules": sorted(targets), "lora_alpha": lora_alpha,
-                  "lora_dropout": lora_dropout}
-    return model.lora["target_modules"]
+    model.lora = dict(zip(LORA, (r, lora_alpha, lora_dropout, sorted(targets)), strict=True))
+    return sorted(targets)
 
 
-def recompute_layers(model):
-    """Keeps no activations inside the layers: backward computes them again, at the price of a forward.
-
-    The shared prefix, whose keys and values are kept, is given up for it.
-    """
-    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    model.shares_prefix = False
-
-
-# ---- Heads, by the names of transformers ----
+# ---- Attention, and a prefix that many rows share ----
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -241,8 +260,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, dropou
 def packing(attend):
     """attend, which then also takes a prefix and the B rows behind it as one sequence (B is 1 outside).
 
-    Such a sequence is known by its mask, which is of one row: (1, 1, T, prefix + T). The prefix is attended
-    to by itself, then each row to the prefix and itself; keys and values of grouped queries stay grouped.
+    Such a sequence is known by its mask of one row, (1, 1, T, prefix + T): the prefix attends to itself, then
+    each row to the prefix and itself. Keys and values of grouped queries stay grouped.
     """
     def attention(module, query, key, value, mask, scaling, dropout=0.0, **more):
         if mask is None or mask.shape[2] == query.shape[2]:
@@ -251,7 +270,8 @@ def packing(attend):
         shared = [x[:, :, :prefix] for x in (query, key, value)]
         rows = [x[0, :, prefix:].unflatten(1, (-1, T)).transpose(0, 1) for x in (query, key, value)]
         rows[1:] = (torch.cat([s.expand(len(r), -1, -1, -1), r], 2) for s, r in zip(shared[1:], rows[1:]))
-        if has_flash(query):  # of unlike lengths, it aligns their ends
+        if (query.is_cuda and query.dtype != torch.float32 and query.shape[-1] in range(8, 257, 8)
+                and torch.cuda.get_device_capability(query.device)[0] >= 8):  # flash aligns the ends
             states = [torch.ops.aten._scaled_dot_product_flash_attention(*part, dropout, True, scale=scaling)
                       [0].transpose(1, 2) for part in (shared, rows)]
         else:
@@ -261,28 +281,6 @@ def packing(attend):
         return torch.cat([states[0], states[1].flatten(0, 1)[None]], 1), None
 
     return attention
-
-
-def has_flash(query):
-    """Whether PyTorch's flash kernel takes this query."""
-    return (query.is_cuda and query.dtype != torch.float32 and query.shape[-1] % 8 == 0
-            and query.shape[-1] <= 256 and torch.cuda.get_device_capability(query.device)[0] >= 8)
-
-
-def use_packing_attention(model, device):
-    """Gives a model attention that packs a prefix: on a CPU the one above, on a GPU PyTorch's.
-
-    Only if it takes others than its own and wants no more than products.
-    """
-    attention = "grouped" if device == "cpu" else "packed_sdpa"
-    AttentionInterface.register("grouped", packing(grouped_attention))
-    AttentionInterface.register("packed_sdpa", packing(sdpa_attention_forward))
-    AttentionMaskInterface.register("grouped", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    AttentionMaskInterface.register("packed_sdpa", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
-    if model._supports_attention_backend and not sinks and not model.config.to_dict().get(
-            "attn_logit_softcapping"):
-        model.set_attn_implementation(attention)
 
 
 def decoder_states(backbone, input_ids, prefix=0):
@@ -306,62 +304,49 @@ def decoder_states(backbone, input_ids, prefix=0):
         return states[0, prefix:].unflatten(0, (B, T - prefix))
     cache = backbone(input_ids=input_ids[:1, :prefix], use_cache=True).past_key_values
     for layer in cache.layers:  # autograd sums the gradients of the rows
-        layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
-        layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+        layer.keys, layer.values = (x.expand(B, -1, -1, -1) for x in (layer.keys, layer.values))
     return backbone(input_ids=input_ids[:, prefix:], past_key_values=cache, use_cache=True).last_hidden_state
 
 
-class GatedProduct(torch.autograd.Function):
-    """act(gate) * up; backward computes act(gate) again, so that it need not be kept."""
+def recompute_layers(model):
+    """Keeps no activations inside the layers: backward computes them again, at the price of a forward.
 
-    @staticmethod
-    def forward(ctx, gate, up, act):
-        ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return act(gate) * up
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            activated = ctx.act(gate)
-        return torch.autograd.grad(activated, gate, grad * up)[0], grad * activated.detach(), None
-
-
-class FusedNorm(nn.Module):
-    """RMSNorm in one kernel, which keeps its input alone for backward."""
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, getattr(self, "variance_epsilon", 0) or self.eps)
-
-
-class FusedMLP(nn.Module):
-    def forward(self, x):
-        return self.down_proj(GatedProduct.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    The shared prefix, whose keys and values are kept, is given up for it.
+    """
+    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model.shares_prefix = False
 
 
 @torch.no_grad()
 def fuse(model):
-    """Gives RMSNorms and gated MLPs the forward above, what a GPU needs, if it computes what theirs does."""
+    """Gives RMSNorms and gated MLPs the forwards below, what a GPU needs, if they compute what theirs do."""
+    def norm(self, x):  # one kernel, which keeps its input alone for backward
+        return F.rms_norm(x, x.shape[-1:], self.weight, getattr(self, "variance_epsilon", 0) or self.eps)
+
+    def mlp(self, x):  # gate and up are kept; backward computes the product again
+        return self.down_proj(checkpoint(lambda gate, up: self.act_fn(gate) * up, self.gate_proj(x),
+                                         self.up_proj(x), use_reentrant=False, preserve_rng_state=False))
+
     weight = model.get_input_embeddings().weight
     for module in model.modules():
-        before, parts = type(module), {name for name, _ in module.named_children()}
-        if before.__name__.endswith(("RMSNorm", "T5LayerNorm")) and hasattr(module, "weight"):
-            after, width = FusedNorm, module.weight.numel()
-        elif parts == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            after, width = FusedMLP, module.gate_proj.in_features
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) and hasattr(module, "weight"):
+            fused, width = functools.partial(norm, module), module.weight.numel()
+        elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            fused, width = functools.partial(mlp, module), module.gate_proj.in_features
         else:
             continue
         x = torch.linspace(-1, 2, width, device=weight.device).to(weight.dtype)[None]
-        expected, module.__class__ = module(x), after
-        if not (module(x) - expected).norm().item() <= 0.02 * expected.norm().item():  # Gemma's 1 + weight
-            module.__class__ = before
+        if (fused(x) - module(x)).norm().item() <= 0.02 * module(x).norm().item():  # not Gemma's 1 + weight
+            module.forward = fused
 
 
-def move(layer, device):
-    """Makes a layer train, in fp32, on the device: it is drawn on the CPU, the same for unlike devices."""
-    for part in layer.modules():
+# ---- Heads, by the names of transformers ----
+
+
+def train_in_fp32(head, device):
+    """Moves a head that was drawn on the CPU, the same for unlike devices, and lets it train."""
+    for part in head.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             setattr(part, name, nn.Parameter(parameter.detach().to(device, torch.float32)))
 
@@ -375,15 +360,15 @@ class LastTokenClassifier(nn.Module):
 
     last_layer, last_layer_trains = ("score",), True
 
-    def __init__(self, backbone, config, n_labels, device):
+    def __init__(self, backbone, n_labels, device):
         super().__init__()
-        self.config, self.base_model_prefix = config, backbone.base_model_prefix
+        self.config, self.base_model_prefix = backbone.config, backbone.base_model_prefix
         self.fingerprint, self.shares_prefix = backbone.fingerprint, backbone.shares_prefix
         setattr(self, self.base_model_prefix, backbone)
-        width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT-350m narrows its last states
+        width = getattr(self.config, "word_embed_proj_dim", self.config.hidden_size)  # OPT-350m narrows
         self.score = nn.Linear(width, n_labels, bias=False)
-        nn.init.normal_(self.score.weight, std=getattr(config, "initializer_range", 0.02))
-        move(self.score, device)
+        nn.init.normal_(self.score.weight, std=getattr(self.config, "initializer_range", 0.02))
+        train_in_fp32(self.score, device)
 
     def forward(self, input_ids, lengths, prefix=0):
         states = decoder_states(getattr(self, self.base_model_prefix), input_ids, prefix)
@@ -400,16 +385,16 @@ class T5Classifier(nn.Module):
 
     last_layer, last_layer_trains, shares_prefix = ("classification_head",), True, False
 
-    def __init__(self, backbone, config, n_labels, device):
+    def __init__(self, backbone, n_labels, device):
         super().__init__()
-        self.config, self.transformer, self.fingerprint = config, backbone, backbone.fingerprint
+        self.config, self.transformer, self.fingerprint = backbone.config, backbone, backbone.fingerprint
+        width = self.config.d_model
         self.classification_head = nn.ModuleDict({
-            "dense": nn.Linear(config.d_model, config.d_model),
-            "out_proj": nn.Linear(config.d_model, n_labels)})
+            "dense": nn.Linear(width, width), "out_proj": nn.Linear(width, n_labels)})
         for layer in self.classification_head.values():
-            nn.init.normal_(layer.weight, std=config.d_model**-0.5)
+            nn.init.normal_(layer.weight, std=width**-0.5)
             nn.init.zeros_(layer.bias)
-        move(self.classification_head, device)
+        train_in_fp32(self.classification_head, device)
 
     def forward(self, input_ids, lengths, prefix=0):
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
@@ -433,18 +418,18 @@ def response_logits(model, input_ids, lengths, rows, columns, response_ids=None,
     Shapes: input_ids (B, T), a decoder's prompt and response or T5's prompt; lengths (B,) of it; response_ids
     (B, R), T5's response; rows and columns (K,): the K tokens that are predicted -> logits (K, V) in fp32.
     """
-    if not model.config.is_encoder_decoder:
-        states = decoder_states(model.base_model, input_ids, prefix)
-        states = states[rows, columns - 1 - prefix]  # a token is predicted by the one before it
+    config = model.config
+    if not config.is_encoder_decoder:  # a token is predicted by the one before it
+        states = decoder_states(model.base_model, input_ids, prefix)[rows, columns - 1 - prefix]
     else:
-        shifted = F.pad(response_ids[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+        shifted = F.pad(response_ids[:, :-1], (1, 0), value=config.decoder_start_token_id)
         mask = real_tokens(input_ids, lengths)
         encoded = model.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         states = model.decoder(input_ids=shifted, encoder_hidden_states=encoded, encoder_attention_mask=mask,
                                use_cache=False).last_hidden_state[rows, columns]
-        if model.config.scale_decoder_outputs:  # only where the head is the embedding
-            states = states * model.config.d_model**-0.5
-    logits, config = model.get_output_embeddings()(states).float(), model.config
+        if config.scale_decoder_outputs:  # only where the head is the embedding
+            states = states * config.d_model**-0.5
+    logits = model.get_output_embeddings()(states).float()
     logits = logits * (getattr(config, "logit_scale", 0) or 1) / (getattr(config, "logits_scaling", 0) or 1)
     cap = getattr(config, "final_logit_softcapping", None)  # Cohere's and Granite's factors, Gemma 2's cap
     return torch.tanh(logits / cap) * cap if cap else logits
@@ -458,18 +443,19 @@ def hub_id(model):
     return MODELS[model][0] if model in MODELS else str(model)
 
 
-def by_turns(work):
+def by_turns(work, turns=(True, False)):
     """work() on the first process of each machine, then on the others, which find what it fetched.
 
-    An error is raised where it came first; the other processes end without a word: one line in all.
+    With turns (None,) on all at once. An error is raised where it came first; the other processes end without
+    a word: one line in all.
     """
     if not dist.is_initialized():
         return work()
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))  # of a slow line, too
-    said, rank, result, error = [False] * dist.get_world_size(), dist.get_rank(), None, None
-    for turn in (True, False):
+    said, rank, error = [False] * dist.get_world_size(), dist.get_rank(), None
+    for turn in turns:
         try:
-            if turn == (int(os.environ.get("LOCAL_RANK", rank)) == 0):
+            if turn in (None, int(os.environ.get("LOCAL_RANK", rank)) == 0):
                 result = work()
         except (ValueError, OSError) as reason:
             error = reason
@@ -479,44 +465,36 @@ def by_turns(work):
     return result
 
 
-def hub_says(model, error, name="", revision=None):
-    """What to do about an error of the hub, None if it is another one's."""
-    chain, page = [error], f"{constants.ENDPOINT}/{hub_id(model)}"
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-
-    def is_a(*kinds):
-        return next((one for one in chain if isinstance(one, kinds)), None)
-
-    answer, login = is_a(errors.HfHubHTTPError), f"see its licence at {page}, `hf auth login` or HF_TOKEN"
-    status = answer and answer.response.status_code
-    if is_a(errors.GatedRepoError) or status == 403:
-        return f"it is gated or private: {login}"
-    if is_a(errors.RevisionNotFoundError):
-        return f"--revision {revision} is no branch, tag or commit of {page}"
-    if is_a(errors.RepositoryNotFoundError) or status == 401:
-        return f"the hub finds nothing of this name, or it is private ({login}); or use {sorted(MODELS)}"
-    if constants.HF_HUB_OFFLINE and is_a(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        held = Path(constants.HF_HUB_CACHE).glob("models--*")
-        held = sorted(path.name[8:].replace("--", "/") for path in held)
-        return (f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} finds nothing for {name or 'it'}, "
-                f"but files of {held}: fetch it where there is a network, or give a directory")
-    if answer or is_a(errors.HTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = f"status {status}" if status else f"{type(chain[-1]).__name__}: {chain[-1]}"[:120]
-        return (f"{constants.ENDPOINT} does not give {name or 'it'} ({reason}): the same command goes on "
-                "later; with HF_HUB_OFFLINE=1 it uses what is there")
-    return None
-
-
 @contextlib.contextmanager
 def in_a_line(model, what, revision, *others):
     """Makes a FileNotFoundError that says what to do of an error of the hub, or of `others`."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, errors.HTTPError, *others) as error:
-        reason = hub_says(model, error, what, revision) or (
-            f"{what} finds nothing that it knows in the directory or on the hub "
-            f"({type(error).__name__}: {str(error)[:160]}); give {sorted(MODELS)}, a hub id or a directory")
+        chain, page = [error], f"{constants.ENDPOINT}/{hub_id(model)}"
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        kinds = {kind for one in chain for kind in type(one).__mro__}
+        answer = next((one.response for one in chain if isinstance(one, errors.HfHubHTTPError)), None)
+        status = getattr(answer, "status_code", 0)
+        silent = bool(kinds & {errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled})
+        login, cache = f"see its licence at {page}, `hf auth login` or HF_TOKEN", constants.HF_HUB_CACHE
+        cached = sorted(path.name[8:].replace("--", "/") for path in Path(cache).glob("models--*"))
+        why = f"status {status}" if status else f"{type(chain[-1]).__name__}: {chain[-1]}"[:120]
+        reason = next(text for holds, text in (
+            (errors.GatedRepoError in kinds or status == 403, f"it is gated or private: {login}"),
+            (errors.RevisionNotFoundError in kinds,
+             f"--revision {revision} is no branch, tag or commit of {page}"),
+            (errors.RepositoryNotFoundError in kinds or status == 401,
+             f"the hub finds nothing of this name, or it is private ({login}); or use {sorted(MODELS)}"),
+            (silent and constants.HF_HUB_OFFLINE,
+             f"HF_HUB_OFFLINE is set, and {cache} finds nothing for {what}, but files of {cached}: fetch it "
+             "where there is a network, or give a directory"),
+            (silent or status or errors.HTTPError in kinds,
+             f"{constants.ENDPOINT} does not give {what} ({why}): the same command goes on later; with "
+             "HF_HUB_OFFLINE=1 it uses what is there"),
+            (True, f"{what} finds nothing that it knows in the directory or on the hub ({why}); give "
+             f"{sorted(MODELS)}, a hub id or a directory")) if holds)
         raise FileNotFoundError(f"--model {model}: {' '.join(reason.split())}") from None
 
 
@@ -558,90 +536,73 @@ def load_tokenizer(model_name, revision=None):
     return from_hub(AutoTokenizer, model_name, revision)
 
 
-def load_config(model_name, revision=None):
+def load_config(model_name, revision=None, dtype=None):
     """The config of a decoder or a T5. Raises: ValueError for what is neither, FileNotFoundError."""
     config = from_hub(AutoConfig, model_name, revision)
-    kind, layers = config.model_type, {*(getattr(config, "layer_types", None) or ())}
+    kind, packed = config.model_type, getattr(config, "quantization_config", None)
     decoder = kind in CAUSAL_LMS and kind not in MASKED_LMS and not config.is_encoder_decoder
-    if kind != "t5" and not decoder:
-        raise ValueError(f"--model {model_name} is of type {kind}; use a decoder-only model or a T5")
-    if {"text_config", "vision_config", "audio_config"} & {*config.sub_configs}:
-        raise ValueError(f"--model {model_name} is of type {kind}, not of text alone; use one that is")
-    if packed := getattr(config, "quantization_config", None):
-        how = packed.get("quant_method") if isinstance(packed, dict) else packed
-        raise ValueError(f"--model {model_name} is quantized already ({how}); use its original")
-    if other := layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-        raise ValueError(f"--model {model_name} has no cache of keys and values in {sorted(other)}; use a "
-                         "transformer")
+    states = {*(getattr(config, "layer_types", None) or ())}
+    states -= {"full_attention", "sliding_attention", "chunked_attention"}
+    for wrong, reason in (
+            (kind != "t5" and not decoder, f"is of type {kind}; use a decoder-only model or a T5"),
+            ({"text_config", "vision_config", "audio_config"} & {*config.sub_configs},
+             f"is of type {kind}, not of text alone; use one that is"),
+            (packed, f"is quantized already ({packed and packed.get('quant_method')}); use its original"),
+            (states, f"has no cache of keys and values in {sorted(states)}; use a transformer"),
+            (kind == "t5" and dtype == torch.float16,  # [choice.T5]
+             "is a T5, which overflows in fp16; use --dtype bf16 or fp32")):
+        if wrong:
+            raise ValueError(f"--model {model_name} {reason}")
     return config
 
 
-# ---- The streaming loader ----
+# ---- What is judged before the weights are fetched ----
 
 
-def checkpoint_files(model, revision=None, check=len):
-    """Paths of the model's weights, fetched if need be: of safetensors if there are any, else of .bin files.
+def default_dtype(model):
+    """The paper's dtype for its models, else bf16, where this machine has units for bf16.
 
-    check(names of the tensors) comes before they are fetched. Raises: FileNotFoundError if one is not there.
+    Without them a GPU computes in fp16, but for T5, and a CPU in fp32: bf16 would take 4 times as long there.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        shards, names = [name], ()
-        if index := find(model, f"{name}.index.json", revision, needed=False):
-            try:
-                names = json.loads(Path(index).read_text())["weight_map"]
-                shards = sorted(set(names.values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index} is no index of weights ({error!r}); restore it") from None
-            if odd := [shard for shard in shards if Path(str(shard)).name != shard]:
-                raise ValueError(f"{index} names {odd}, which are not files beside it; restore it")
-        if index or find(model, name, revision, needed=False, dry_run=True):
-            break
-    else:
-        shards = ["model.safetensors"]
-    files = [find(model, shard, revision, dry_run=True) for shard in shards]
-    if None in files:
-        raise FileNotFoundError(f"--model {model} lacks {shards[files.index(None)]}; use a whole model")
-    if size := sum(one.file_size or 0 for one in files if not isinstance(one, str) and one.will_download):
-        if not names and name == "model.safetensors":
-            with in_a_line(model, name, revision, errors.SafetensorsParsingError):
-                names = HfApi().parse_safetensors_file_metadata(
-                    hub_id(model), name, revision=revision).tensors
-        cache = Path(constants.HF_HUB_CACHE)
-        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-        if size > free:
-            raise ValueError(f"--model {model} has {size / 1e9:.1f} GB to fetch, {cache} {free / 1e9:.1f} "
-                             "free: make room, or set HF_HOME to a directory on another disk")
-        print(f"{len(shards)} files of {hub_id(model)}, {size / 1e9:.2f} GB, are fetched", file=sys.stderr)
-    if names:
-        check(names)
-    return [find(model, shard, revision) for shard in shards]
+    dtype, gpu = MODELS.get(str(model), ("", "bf16"))[1], torch.cuda.is_available()
+    has_bf16 = gpu and torch.cuda.get_device_capability()[0] >= 8
+    if not gpu:
+        units = torch.cpu.get_capabilities()  # the last of these is ARM's
+        has_bf16 = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    if dtype == "fp16" or has_bf16:
+        return dtype
+    return "fp16" if gpu and "t5" not in Path(model).name.lower() else "fp32"
 
 
-def stored_tensors(path):
-    """Yields (name, tensor) of a file of weights, opened anew for each: what was read leaves the memory.
+def idle_gpu():
+    """Why torch does not use the NVIDIA GPU of this machine; empty if it does, or if there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not DRIVER.exists():
+        return ""
+    version = re.search(r"Module\D*([\d.]+)", DRIVER.read_text())
+    needs = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    return (f"torch {torch.__version__} {needs} and does not find this machine's GPU (NVIDIA driver "
+            f"{version[1] if version else '?'}): update the driver, or install a torch for it (pytorch.org)")
 
-    Raises: ValueError if the file is truncated, broken, or a pickle of more than weights, which may run code.
-    """
-    try:
-        if not str(path).endswith(".bin"):
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-            for name in names:
-                with safe_open(path, "pt") as file:
-                    yield name, file.get_tensor(name)
-            return
-        mapped = zipfile.is_zipfile(path)  # a file of torch before 1.6 is not: it is read whole
-        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
-        for name in list(state):
-            again = torch.load(path, "cpu", weights_only=True, mmap=True) if mapped else state
-            yield name, again[name].detach()
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); restore it") from None
-    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError,
-            TypeError) as error:
-        reason = str(error).partition("\n")[0][:100]
-        raise ValueError(f"{path} is not a whole file of weights and nothing else ({reason}); restore it, or "
-                         "use another model") from None
+
+def check_by_name(name, device):
+    """Raises ValueError, before anything is downloaded, for a model that this machine is no match for."""
+    if name in MODELS and torch.device(device).type == "cpu":
+        raise ValueError(f"--model {name} has {MODELS[name][2]} billion parameters and this machine has no "
+                         f"GPU: {idle_gpu() or 'use one'}, or a smaller model, such as --model {SMALL_MODEL}")
+
+
+def check_fits(model, name, quantize, dtype, device):
+    """Raises ValueError if this machine's memory cannot hold the weights; the model is still on meta."""
+    linear = sum(m.weight.numel() for m in model.modules() if is_linear(m))
+    total, size = sum(p.numel() for p in model.parameters()), torch.finfo(dtype).bits / 8
+    need = (total - linear) * size + linear * (0.52 if quantize == "nf4" else size)  # 4 bits and the scales
+    have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    if torch.device(device).type == "cuda":
+        have, where = torch.cuda.get_device_properties(device).total_memory, "this GPU"
+    if need > 0.95 * have:
+        raise ValueError(f"--model {name} has {total / 1e9:.1f} billion parameters ({need / 1e9:.1f} GB) but "
+                         f"{where} has {have / 1e9:.0f} GB: use a smaller one, such as --model {SMALL_MODEL}")
 
 
 def key_of(stored, model, family):
@@ -664,25 +625,46 @@ def check_names(names, model, name, family):
         raise ValueError(f"the checkpoint of {name} lacks {len(missing)} tensors, such as {missing[0]}")
 
 
-def place_tensor(model, key, tensor, quantize, dtype, device):
-    """Puts one tensor of the checkpoint into its module, a linear layer's weight quantized on the way."""
-    parent, _, leaf = key.rpartition(".")
-    module = model.get_submodule(parent)
-    if leaf == "weight" and hasattr(module, "transposed"):
-        tensor = tensor.t().contiguous()
-    if tensor.shape != (expected := getattr(module, leaf).shape):
-        raise ValueError(f"{key} has shape {tuple(tensor.shape)} in the checkpoint, not {tuple(expected)}")
-    if quantize and leaf == "weight" and is_linear(module):
-        model.set_submodule(parent, NF4Linear(tensor.to(dtype), module.bias, device))
-    else:
-        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+def checkpoint_files(model, revision=None, check=len):
+    """Paths of the model's weights, fetched if need be: of safetensors if there are any, else of .bin files.
+
+    check(names of the tensors) comes before they are fetched. Raises: FileNotFoundError if one is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors"):
+        shards, names, index = [name], (), find(model, f"{name}.index.json", revision, needed=False)
+        if index or find(model, name, revision, needed=False, dry_run=True):
+            break
+    if index:
+        try:
+            names = json.loads(Path(index).read_text())["weight_map"]
+            shards = sorted(set(names.values()))
+            if odd := [shard for shard in shards if Path(shard).name != shard]:
+                raise ValueError(f"{odd} are not files beside it")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights ({error!r}); restore it") from None
+    files = [find(model, shard, revision, dry_run=True) for shard in shards]
+    if None in files:
+        raise FileNotFoundError(f"--model {model} lacks {shards[files.index(None)]}; use a whole model")
+    if size := sum(one.file_size or 0 for one in files if not isinstance(one, str) and one.will_download):
+        if not names and name == "model.safetensors":
+            with in_a_line(model, name, revision, errors.SafetensorsParsingError):
+                names = HfApi().parse_safetensors_file_metadata(
+                    hub_id(model), name, revision=revision).tensors
+        cache = Path(constants.HF_HUB_CACHE)
+        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+        if size > free:
+            raise ValueError(f"--model {model} has {size / 1e9:.1f} GB to fetch, {cache} {free / 1e9:.1f} "
+                             "free: make room, or set HF_HOME to a directory on another disk")
+        print(f"{len(shards)} files of {hub_id(model)}, {size / 1e9:.2f} GB, are fetched", file=sys.stderr)
+    if names:
+        check(names)
+    return [find(model, shard, revision) for shard in shards]
 
 
 def empty_base(model_name, family, quantize, dtype, device, revision):
     """Returns (the base without memory, the files of its weights): all is judged before these are fetched."""
-    config = load_config(model_name, revision)
+    config = load_config(model_name, revision, dtype)
     t5, ends = config.model_type == "t5", [config.eos_token_id]
-    check_dtype(t5, dtype)
     auto = AutoModel if family == "cls" else AutoModelForSeq2SeqLM if t5 else AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -702,10 +684,72 @@ def empty_base(model_name, family, quantize, dtype, device, revision):
     model.last_layer = tuple(key for key, module in model.named_modules() if output and module is output)[:1]
     model.wanted = {*dict(model.named_parameters()), *(f"{head}.weight" for head in model.last_layer)}
     if find(model_name, "generation_config.json", revision, needed=False):
-        ends.append(from_hub(GenerationConfig, model_name, revision).eos_token_id)
+        ends.append(from_hub(transformers.GenerationConfig, model_name, revision).eos_token_id)
     model.end_tokens = {one for end in ends for one in (end if isinstance(end, list) else [end])} - {None}
     return model, checkpoint_files(model_name, revision,
                                    lambda names: check_names(names, model, model_name, family))
+
+
+# ---- The streaming loader ----
+
+
+def stored_tensors(path):
+    """Yields (name, tensor) of a file of weights, opened anew for each: what was read leaves the memory.
+
+    Raises: ValueError if the file is truncated, broken, or a pickle of more than weights, which may run code.
+    """
+    safe = not str(path).endswith(".bin")
+    try:
+        mapped = safe or zipfile.is_zipfile(path)  # a file of torch before 1.6 is not: it is read whole
+
+        def opened():
+            return safe_open(path, "pt") if safe else torch.load(path, "cpu", weights_only=True, mmap=mapped)
+
+        state = opened()
+        for name in list(state.keys()):
+            again = opened() if mapped else state
+            yield name, again.get_tensor(name) if safe else again[name].detach()
+    except (SafetensorError, torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, LookupError,
+            AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"{path} is not a whole file of weights and nothing else ({reason}); restore it, or "
+                         "use another model") from None
+
+
+def fill(model, files, name, family, nf4, dtype, device):
+    """Streams a checkpoint into an empty base. Raises: ValueError if they do not fit each other."""
+    for module in model.modules():  # buffers are computed, not stored: rotary frequencies
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for leaf, buffer in module.named_buffers(recurse=False):
+                setattr(module, leaf, torch.empty_like(buffer, device=device))
+            model._init_weights(module)
+    embeddings, names, beginnings = model.get_input_embeddings(), [], hashlib.sha256()
+    head, found = next((f"{key}.weight" for key in model.last_layer), None), set()
+    for file in files:
+        for stored, tensor in stored_tensors(file):
+            start = tensor.flatten()[:64].contiguous().view(torch.uint8).numpy()
+            beginnings.update(f"{stored} {tuple(tensor.shape)}".encode() + start.tobytes())
+            names.append(stored)
+            if (key := key_of(stored, model, family)) is None:
+                continue
+            found.add(key)
+            parent, _, leaf = key.rpartition(".")
+            module = model.get_submodule(parent)
+            if leaf == "weight" and hasattr(module, "transposed"):
+                tensor = tensor.t().contiguous()
+            if tensor.shape != (expected := getattr(module, leaf).shape):
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)} in the checkpoint of {name}, not "
+                                 f"{tuple(expected)}")
+            if nf4 and leaf == "weight" and is_linear(module) and key != head:
+                model.set_submodule(parent, NF4Linear(tensor.to(dtype), module.bias, device))
+            else:
+                setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
+            malloc_trim(0)
+    check_names(names, model, name, family)
+    model.set_input_embeddings(embeddings)  # T5: the encoder's and the decoder's are the shared one
+    if head and head not in found:
+        model.get_output_embeddings().weight = embeddings.weight
+    model.last_layer_trains, model.fingerprint = False, beginnings.hexdigest()
 
 
 def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="cpu", revision=None):
@@ -714,30 +758,12 @@ def load_base(model_name, family, quantize="nf4", dtype=torch.float32, device="c
     Host memory stays within a few tensors of what the model itself takes.
     Raises: FileNotFoundError; ValueError if model, machine and checkpoint do not fit each other.
     """
-    model, files = by_turns(lambda: empty_base(model_name, family, quantize, dtype, device, revision))
-    for module in model.modules():  # buffers are computed, not stored: rotary frequencies
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            for leaf, buffer in module.named_buffers(recurse=False):
-                setattr(module, leaf, torch.empty_like(buffer, device=device))
-            model._init_weights(module)
+    def work():
+        fill(model, files, model_name, family, quantize == "nf4", dtype, device)
+        choose_ways(model.requires_grad_(False), model_name, family)
 
-    embeddings, names, beginnings = model.get_input_embeddings(), [], hashlib.sha256()
-    head, found = next((f"{key}.weight" for key in model.last_layer), None), set()
-    for file in files:
-        for stored, tensor in stored_tensors(file):
-            start = tensor.flatten()[:64].contiguous().view(torch.uint8).numpy()
-            beginnings.update(f"{stored} {tuple(tensor.shape)}".encode() + start.tobytes())
-            names.append(stored)
-            if key := key_of(stored, model, family):
-                place_tensor(model, key, tensor, quantize == "nf4" and key != head, dtype, device)
-                found.add(key)
-                malloc_trim(0)
-    check_names(names, model, model_name, family)
-    model.set_input_embeddings(embeddings)  # T5: the encoder's and the decoder's are the shared one
-    if head and head not in found:
-        model.get_output_embeddings().weight = embeddings.weight
-    model.last_layer_trains, model.fingerprint = False, beginnings.hexdigest()
-    choose_ways(model.requires_grad_(False), model_name, family)
+    model, files = by_turns(lambda: empty_base(model_name, family, quantize, dtype, device, revision))
+    by_turns(work, (None,))
     fused = sum(p.numel() for p in model.parameters() if p.dim() > 2)
     if fused and os.environ.get("RANK", "0") == "0":
         print(f"{fused / count_parameters(model)[0]:.0%} of the weights of {model_name} are fused experts: "
@@ -752,19 +778,26 @@ def choose_ways(model, name, family):
     Raises: ValueError if they differ whatever is chosen.
     """
     config, t5 = model.config, model.config.is_encoder_decoder
-    windows = [size for key, size in config.to_dict().items() if key.endswith(WINDOWS) and type(size) is int]
-    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)  # counts all padding
-    growing = any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("dynamic", "longrope"))
-    model.window = min((size for size in windows if size > 0), default=math.inf)
-    model.shares_prefix = not (t5 or alibi or growing)  # whose frequencies are those of what is read at once
+    known, embeddings, own = config.to_dict(), model.get_input_embeddings(), config._attn_implementation
+    windows = [size for key, size in known.items() if key.endswith(WINDOWS) and type(size) is int]
+    alibi = config.model_type in ("bloom", "mpt") or known.get("alibi")  # counts all padding
+    growing = any(kind in str(known.get("rope_parameters")) for kind in ("dynamic", "longrope"))  # reads all
+    model.window, model.shares_prefix = min((size for size in windows if size > 0), default=math.inf), False
     if t5 and family == "cls":
         return  # T5Classifier calls it as it is
-    embeddings, before = model.get_input_embeddings(), config._attn_implementation
     device, tolerance = embeddings.weight.device, 1e-3 if embeddings.weight.dtype == torch.float32 else 0.1
     ids = (torch.arange(48, device=device) * 7919 % embeddings.num_embeddings).view(2, 24)
     ids[1, :8], rows, lengths = ids[0, :8], torch.arange(2, device=device), torch.full_like(ids[:, 0], 24)
+    attend, masks = (grouped_attention, "eager") if device.type == "cpu" else (sdpa_attention_forward, "sdpa")
+    AttentionInterface.register("packing", packing(attend))
+    AttentionMaskInterface.register("packing", ALL_MASK_ATTENTION_FUNCTIONS[masks])
+    sinks = any(key.endswith("sinks") for key in model.wanted)
+    ways = [("packing", model.window, 8), ("packing", 0, 8), ("packing", 0, 0)]  # one pass, two, none
+    if not model._supports_attention_backend or sinks or known.get("attn_logit_softcapping"):
+        ways = []
+    ways += [(own, 0, 8), (own, 0, 0)]
 
-    def differs(prefix=0):
+    def differs(prefix):
         try:
             found = (decoder_states(model, ids, prefix)[:, -1] if family == "cls" else
                      response_logits(model, ids, lengths, rows, lengths - int(t5), ids, prefix))
@@ -773,18 +806,14 @@ def choose_ways(model, name, family):
         return (found - theirs).norm().item() > tolerance * theirs.norm().item()
 
     try:
-        start = {"decoder_input_ids": F.pad(ids[:, :-1], (1, 0), value=config.decoder_start_token_id)
-                 } if t5 else {}
-        theirs = model(input_ids=ids, **start)[0][:, -1].float()
-        use_packing_attention(model, device.type)
-        if config._attn_implementation != before and differs():
-            model.set_attn_implementation(before)
-        if differs():
-            raise ValueError("its logits are not a linear layer on the last states of its decoder")
-        model.base_model.packs = model.window if config._attn_implementation != before else 0
-        if model.shares_prefix and model.base_model.packs and differs(8):
-            model.base_model.packs = 0  # two passes, then
-        model.shares_prefix = model.shares_prefix and not differs(8)
+        start = F.pad(ids[:, :-1], (1, 0), value=config.decoder_start_token_id) if t5 else None
+        theirs = model(input_ids=ids, **{"decoder_input_ids": start} if t5 else {})[0][:, -1].float()
+        for kind, packs, prefix in ways:
+            model.set_attn_implementation(kind)
+            model.base_model.packs, model.shares_prefix = packs, prefix > 0
+            if not (prefix and (t5 or alibi or growing)) and not any(map(differs, {0, prefix})):
+                return
+        raise ValueError("its logits are not a linear layer on the last states of its decoder")
     except (ValueError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"--model {name} of type {config.model_type} cannot be used ({error}); use another "
                          "model, or --method cls or clsp") from None
@@ -799,61 +828,8 @@ def build_model(model_name, family, n_labels, quantize="nf4", dtype=torch.float3
         fuse(base)
     if family != "cls":
         return base
-    head = T5Classifier if base.config.model_type == "t5" else LastTokenClassifier
-    return head(base, base.config, n_labels, device).eval()
-
-
-def check_dtype(t5, dtype):
-    if t5 and dtype == torch.float16:
-        raise ValueError("T5 overflows in fp16; use --dtype bf16 or fp32")  # [choice.T5]
-
-
-def default_dtype(model):
-    """The paper's dtype for its models, else bf16, where this machine has units for bf16.
-
-    Without them a GPU computes in fp16, but for T5, and a CPU in fp32: bf16 would take 4 times as long there.
-    """
-    dtype = MODELS.get(str(model), ("", "bf16"))[1]
-    if torch.cuda.is_available():
-        return dtype if dtype == "fp16" or torch.cuda.get_device_capability()[0] >= 8 else (
-            "fp32" if "t5" in Path(model).name.lower() else "fp16")
-    units = torch.cpu.get_capabilities()
-    has_bf16 = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
-    return dtype if dtype == "fp16" or has_bf16 else "fp32"
-
-
-def idle_gpu():
-    """Why torch does not use the NVIDIA GPU of this machine; empty if it does, or if there is none."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    if hidden or torch.cuda.is_available() or not DRIVER.exists():
-        return ""
-    version = re.search(r"Module\D*([\d.]+)", DRIVER.read_text())
-    needs = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-    return (f"torch {torch.__version__} {needs} and does not find this machine's GPU (NVIDIA driver "
-            f"{version[1] if version else '?'}): update the driver, or install a torch for it (pytorch.org)")
-
-
-def check_by_name(name, dtype, device):
-    """Raises ValueError, before anything is downloaded, for a model that this machine is no match for."""
-    check_dtype(name == "flan-t5", DTYPES.get(dtype))
-    if name in MODELS and torch.device(device).type == "cpu":
-        raise ValueError(f"--model {name} has {MODELS[name][2]} billion parameters and this machine has no "
-                         f"GPU: {idle_gpu() or 'use one'}, or a smaller model, such as --model {SMALL_MODEL}")
-
-
-def check_fits(model, name, quantize, dtype, device):
-    """Raises ValueError if this machine's memory cannot hold the weights; the model is still on meta."""
-    linear = sum(m.weight.numel() for m in model.modules() if is_linear(m))
-    total = sum(p.numel() for p in model.parameters())
-    size = torch.finfo(dtype).bits / 8
-    need = (total - linear) * size + linear * (0.52 if quantize == "nf4" else size)  # 4 bits and the scales
-    if torch.device(device).type == "cuda":
-        have, where = torch.cuda.get_device_properties(device).total_memory, "this GPU"
-    else:
-        have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    if need > 0.95 * have:
-        raise ValueError(f"--model {name} has {total / 1e9:.1f} billion parameters ({need / 1e9:.1f} GB) but "
-                         f"{where} has {have / 1e9:.0f} GB: use a smaller one, such as --model {SMALL_MODEL}")
+    return (T5Classifier if base.config.model_type == "t5" else LastTokenClassifier)(
+        base, n_labels, device).eval()
 
 
 # ---- Adapters on disk, in peft's format ----
@@ -919,13 +895,11 @@ def load_adapter(model, directory):
     with safe_open(path, "pt") as file:  # peft's has no sha256
         if (file.metadata() or {}).get("sha256", digest) != digest:
             raise ValueError(f"{path} is damaged: its tensors are not those that were written; restore it")
-    if missing := sorted(own.keys() - stored.keys()):
-        raise ValueError(f"{path} lacks {len(missing)} of {len(own)} tensors, such as {missing[0]}")
-    if extra := sorted(stored.keys() - own.keys()):
-        raise ValueError(f"{path} has {len(extra)} tensors that the model lacks, such as {extra[0]}")
-    for name in own:
-        if (found := tuple(stored[name].shape)) != (expected := tuple(own[name].shape)):
-            raise ValueError(f"{path}: {name} has shape {found}, not {expected}")
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (stored, own)]
+    if odd := sorted(name for name in stored.keys() | own if shapes[0].get(name) != shapes[1].get(name)):
+        there, here = (shape.get(odd[0], "missing") for shape in shapes)
+        raise ValueError(f"{path} and the model differ in {len(odd)} tensors: {odd[0]} is {there} there, "
+                         f"{here} here")
     for name, tensor in own.items():
         tensor.copy_(stored[name])
     return digest
@@ -952,13 +926,13 @@ def save_merged(run, out, base=None, dtype=None, device="cpu"):
     Raises: ValueError if `run` is none, `out` holds something, or the base is another one or elsewhere.
     """
     run, out = Path(run), Path(out)
-    record = run / "run.json" if (run / "run.json").exists() else run / "config.json"
+    files = ["run.json" if (run / "run.json").exists() else "config.json", "adapter_config.json",
+             "metrics_test.json"]
     try:
-        record, adapter, result = (json.loads((run / name).read_bytes()) for name in (
-            record.name, "adapter_config.json", "metrics_test.json"))
-        given, names, r, alpha = record["arguments"], result["labels"], adapter["r"], adapter["lora_alpha"]
+        record, adapter, result = (json.loads((run / name).read_bytes()) for name in files)
+        given, names, cls = record["arguments"], result["labels"], adapter["task_type"] == "SEQ_CLS"
         base, dtype = base or adapter["base_model_name_or_path"], dtype or given["dtype"]
-        cls, quantize, revision = adapter["task_type"] == "SEQ_CLS", given["quantize"], given["revision"]
+        quantize, revision, changed = given["quantize"], given["revision"], [adapter[key] for key in LORA]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run} is not a finished run ({error!r})") from None
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -967,7 +941,7 @@ def save_merged(run, out, base=None, dtype=None, device="cpu"):
     if record.get("model_fingerprint", model.fingerprint) != model.fingerprint:
         raise ValueError(f"the weights of {base} are not those that {run} began with: merge RUN OUT BASE")
     model.last_layer_trains = bool(adapter["modules_to_save"])
-    add_lora(model, r, alpha, 0, adapter["target_modules"], base)
+    add_lora(model, *changed)
     load_adapter(model, run)
     tokenizer, config = load_tokenizer(base, revision), load_config(base, revision)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1045,7 +1019,7 @@ def main(argv=None):
             run, out, base = (*places, None)[:3]
             print(f"{out}: {save_merged(run, out, base, args.dtype, device)}; transformers loads it")
             return 0
-        check_by_name(args.model, dtype, device)
+        check_by_name(args.model, device)
         model = build_model(args.model, args.family, args.n_labels, args.quantize, DTYPES[dtype], device,
                             args.revision)
         add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.target_modules, args.model)

@@ -607,7 +607,7 @@ def run(args, processes):
     first, method = processes.rank == 0, infer.method_of(args)
     say = print if first else lambda *_: None
     infer.complete(args)
-    lora.check_by_name(args.model, args.dtype, processes.device)
+    lora.check_by_name(args.model, processes.device)
     tokenizer = infer.load_tokenizer(args)  # a wrong name is told before any work
     lock, old = claim_out(args) if first else (None, None)
     if from_all(infer.is_finished(args, old))[0]:
