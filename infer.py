@@ -486,8 +486,7 @@ def longest_response(tokenizer, label_names):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes=ALONE, constrain=False,
-             progress=""):
+def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes=ALONE, constrain=False):
     """Returns the greedy responses of the M distinct prompts, and the number of decoding steps.
 
     Decoders read the prompts' shared prefix once, are padded on the left, in batches of like length, and stop
@@ -507,13 +506,29 @@ def generate(model, tokenizer, encoded, label_names, tokens_per_batch, processes
         prompts = [encoded.prompt(m) for m in batch]
         return decode(model, prompts, prefix, processes.device, limit, ends, sequences)
 
-    for batch in tqdm(batches, desc=progress, disable=not progress or processes.rank > 0):
+    for batch in tqdm(batches, desc="responses", leave=False, disable=processes.rank > 0 or len(batches) < 2):
         for part, (written, batch_steps) in in_parts(compute, batch):
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             responses.update(zip(part.tolist(), texts, strict=True))
             steps += batch_steps
     responses = {m: text for part in from_all(responses) for m, text in part.items()}
     return [responses[m] for m in range(len(lengths))], sum(from_all(steps))
+
+
+def first_inputs(model, prompts, prefix, device):
+    """(token ids that each row has yet to read, further inputs of the model, its cache, who reads them)."""
+    if model.config.is_encoder_decoder:
+        input_ids = to_device(data.pad(prompts, 0), device)
+        real = lora.real_tokens(input_ids, to_device(np.array([len(ids) for ids in prompts]), device))
+        encoder_outputs = model.encoder(input_ids=input_ids, attention_mask=real)
+        inputs = {"attention_mask": real, "encoder_outputs": encoder_outputs}
+        return [[model.config.decoder_start_token_id] for _ in prompts], inputs, None, model
+    cache = None
+    if prefix:
+        shared = to_device(prompts[0][None, :prefix].astype(np.int64), device)
+        cache = model.base_model(input_ids=shared, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+    return [ids[prefix:].tolist() for ids in prompts], {}, cache, model.base_model
 
 
 def decode(model, prompts, prefix, device, limit, ends, sequences=None):
@@ -523,22 +538,11 @@ def decode(model, prompts, prefix, device, limit, ends, sequences=None):
     the mask hides the padding that this leaves between them. Without a prefix there is padding at the left
     alone, as forced tokens are read one by one: what counts tokens by their place stays right.
     """
-    n, decoder, cache, steps = len(prompts), not model.config.is_encoder_decoder, None, 0
+    n, decoder, steps = len(prompts), not model.config.is_encoder_decoder, 0
+    pending, inputs, cache, read = first_inputs(model, prompts, prefix, device)
     written, running = [[] for _ in prompts], [True] * n
     states = [sequences.start] * n if sequences else None
     mask = torch.ones(n, prefix, dtype=torch.long, device=device)
-    if decoder:
-        pending, inputs, read = [ids[prefix:].tolist() for ids in prompts], {}, model.base_model
-        if prefix:
-            shared = to_device(prompts[0][None, :prefix].astype(np.int64), device)
-            cache = read(input_ids=shared, use_cache=True).past_key_values
-            cache.batch_repeat_interleave(n)
-    else:
-        pending = [[model.config.decoder_start_token_id] for _ in prompts]
-        input_ids = to_device(data.pad(prompts, 0), device)
-        real = lora.real_tokens(input_ids, to_device(np.array([len(ids) for ids in prompts]), device))
-        encoder_outputs = model.encoder(input_ids=input_ids, attention_mask=real)
-        inputs, read = {"attention_mask": real, "encoder_outputs": encoder_outputs}, model
 
     def write(row, token):
         pending[row].append(token)
@@ -565,12 +569,13 @@ def decode(model, prompts, prefix, device, limit, ends, sequences=None):
         answer = read(**inputs, past_key_values=cache, use_cache=True)
         cache, steps = answer.past_key_values, steps + 1
         if decoder:  # the head on (n, D): for (n, 1, D) a CPU may copy its weight n times
-            logits = model.get_output_embeddings()(answer.last_hidden_state[:, -1]).float().cpu()
+            logits = model.get_output_embeddings()(answer.last_hidden_state[:, -1]).float()
         else:
-            logits = answer.logits[:, -1].float().cpu()
-        if logits.isnan().any():
+            logits = answer.logits[:, -1].float()
+        logits = logits.cpu() if sequences else logits  # else n numbers are all that a step moves
+        best = torch.where(logits.isnan().any(-1), -1, logits.argmax(-1)).tolist()
+        if -1 in best:
             raise ValueError("the model's logits are NaN; use --dtype bf16 or fp32")
-        best = logits.argmax(-1).tolist()
         for row in range(n):
             pending[row] = [] if running[row] else [*ends][:1]  # what a finished row reads does not matter
             if running[row]:
@@ -628,7 +633,7 @@ def evaluate(args, model, tokenizer, splits, encoded, split="test", processes=AL
     unseen_users = data.unseen_users(splits)
     if METHODS[args.method].family != "cls":
         responses, steps = generate(model, tokenizer, encoded[split], label_names, args.micro_batch_tokens,
-                                    processes, args.constrain, split)
+                                    processes, args.constrain)
         rows = rows_of_responses(splits[split], encoded[split], responses, follows(args)["E2"] == "released")
         if not processes.rank:
             result = write_results(args.out, split, rows, label_names, None, unseen_users,
