@@ -58,7 +58,7 @@ ARGS_tiny = $(call TINY_QUERY,$1,$2) $(if $(filter $3,$(QUERIES)),,--batch_size 
 # for every method. The cells that matter most come first; a variant, MODEL+VARIANT in a cell's path, and a query once.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?= data
-LIMIT ?= 4000 500 1000
+LIMIT ?= 4000 500 2000
 EPOCHS ?= 1
 OWN := $(basename $(notdir $(CSV)))
 CORPORA_small := $(or $(strip $(OWN) $(notdir $(wildcard $(DATA)/goemotions $(DATA)/unhealthy))),goemotions)

@@ -32,6 +32,16 @@ SUBJECTS = {
     "infer.py": "a prediction: adapters, queries of a model or a server, one text seen by several users",
     "train.py": "learning: data parallelism, mixed precision, the loop, checkpoints, evaluation",
 }
+PERSON = {  # column of the tables "The person" -> what it says, in the README's words
+    "at 0.5 [%]": "`clsp` over `cls`, F1 at 0.5, %",
+    "tuned [%]": "`clsp` over `cls`, F1 tuned, %",
+    "over bias [%]": "`clsp` over a bias per user on `cls`, F1 tuned, %",
+    "unseen [%]": "`clsp` over `cls` for users held out, F1 tuned, %",
+    "auc cls": "`disagreement_auc` of `cls`",
+    "auc bias": "of the bias per user",
+    "auc clsp": "of `clsp`",
+    "auc over bias [points]": "of `clsp`, over the bias",
+}
 
 
 def read(name):
@@ -126,11 +136,30 @@ def files_block():
 
 
 def tiny_block():
-    return ledger_block("Table I. unhealthy (synthetic, tiny)".__eq__)
+    source, _, *table = ledger_block("Table I. unhealthy (synthetic, tiny)".__eq__)
+    return [source.strip(), "", *table]
+
+
+def person_block():
+    """What a person is worth on real corpora: a row per measure, a column per corpus and model."""
+    found = {}
+    for line in read("ledger.jsonl"):
+        kind, _, corpus = line["title"].partition(". ")
+        if kind == "The person" and "synthetic" not in corpus and "(" not in line["row"]:  # no variants
+            found.setdefault(f"{line['row']} on {corpus}", {})[line["column"]] = line
+    lines = [next(iter(own.values())) for own in found.values()]
+    yield from (f"| | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|")
+    sizes = (f"{line['n']}; {line['seeds']}" for line in lines)
+    yield f"| test annotations; seeds | {' | '.join(sizes)} |"
+    for column, words in PERSON.items():
+        cells = (metrics.format_cell(own.get(column, {}), "+" * ("[" in column)) for own in found.values())
+        yield f"| {words} | {' | '.join(cells)} |"
+    made = (f"`{line['command']}`; commit {line['commit']}; {line['device']}" for line in lines)
+    yield "\n" + ". ".join(dict.fromkeys(made))
 
 
 PAGES = {  # file -> the blocks that it has
-    "README.md": {"files": files_block, "tiny": tiny_block, "tour": tour.stop_list},
+    "README.md": {"files": files_block, "person": person_block, "tiny": tiny_block, "tour": tour.stop_list},
     "results/README.md": {"map": method_map.rows, "ledger": ledger_block, "bench": bench_block,
                           "reliability": reliability_block},
 }

@@ -30,7 +30,7 @@ def test_profile_small_takes_several_files_and_puts_first_what_matters_most():
                      "q0s": ["1"], "q1s": ["1"], "q2s": ["1"]}
     for name, line in zip(cells, lines, strict=True):
         own = {"conv": "/a/conv.csv", "stud": "b/stud.csv"}[name.split("/")[0]]
-        assert f"--dataset {own} " in line and "--limit 4000 500 1000" in line
+        assert f"--dataset {own} " in line and "--limit 4000 500 2000" in line
         assert ("--unseen_users" in line) == ("+unseen" in name)
         trained = name.split("/")[2] in ("cls", "clsp", "lm", "lmp")
         assert ("--epochs 1 --batch_size 16 --lora_r 8 --learning_rate 1e-3" in line) == trained

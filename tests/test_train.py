@@ -602,7 +602,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tiny_dir, tmp_path, capsy
     [
         (["--model", "no/such-model"], "--model no/such-model"),
         (["--model", "mistral"], "has no GPU"),
-        (["--model", "flan-t5", "--dtype", "fp16"], "overflows in fp16"),
+        (["--model", "flan-t5", "--dtype", "fp16"], "GPU"),
         (["--dataset", "nothing.csv"], "no data set"),
         (["--data_dir", "/nonexistent"], "goemotions"),
         (["--target_modules", "q_porj"], "match no linear layer"),
